@@ -1,0 +1,62 @@
+"""The errors of qwenft: one root, and leaves that are also the builtin a caller would expect."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qwenft.plan.findings import Finding
+
+
+class QwenftError(Exception):
+    """The root of every error that qwenft raises on purpose.
+
+    Args:
+        problem: what was got and what was expected, in one sentence.
+        fix: the line that mends it.
+        values: what the sentence speaks of, kept as attributes of the error for programs to read.
+    """
+
+    def __init__(self, problem: str, *, fix: str | None = None, **values: Any) -> None:
+        super().__init__(problem if fix is None else f"{problem}\n  Fix: {fix}")
+        self.problem = problem
+        self.fix = fix
+        self.values = values
+
+    def __getattr__(self, name: str) -> Any:
+        values: dict[str, Any] = self.__dict__.get("values", {})
+        if name in values:
+            return values[name]
+        msg = f"{type(self).__name__} has no {name!r}; it carries {', '.join(values) or 'no values'}"
+        raise AttributeError(msg)
+
+
+class SpecError(QwenftError, ValueError):
+    """A field or an argument is misspelt, ill-typed or out of range (`.got`, `.expected`)."""
+
+
+class PlanError(QwenftError, ValueError):
+    """A recipe is wrong; `.findings` holds all that is wrong with it."""
+
+    def __init__(self, findings: Sequence[Finding], *, subject: str = "in this recipe") -> None:
+        count = f"{len(findings)} problem{'s' if len(findings) != 1 else ''} {subject}"
+        lines = [f"  {number}. {finding}" for number, finding in enumerate(findings, start=1)]
+        super().__init__("\n".join([count, *lines]), findings=tuple(findings))
+
+
+class DataError(QwenftError, ValueError):
+    """The data cannot be used; `.file` and `.row` (counted from 1) say where."""
+
+
+class BackendUnavailable(QwenftError, ImportError):  # noqa: N818 - a public name that reads as a state
+    """A backend was named that is not installed, or cannot run, on this machine."""
+
+
+class LeakError(QwenftError, RuntimeError):
+    """Packed documents reached each other: `.half` ("attention", "conv" or "scan"), `.backend`, `.error`."""
+
+
+class CheckpointError(QwenftError, OSError):
+    """A model folder, run folder or export cannot be read or written (`.path`)."""

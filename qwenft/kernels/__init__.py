@@ -1,0 +1,1 @@
+"""The flat stream's layout and the torch code of our own."""
