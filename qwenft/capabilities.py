@@ -119,7 +119,7 @@ class Backend(ABC):
         return {name: getattr(self, name) for name in parameters}
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.fields() == other.fields()  # type: ignore[attr-defined]
+        return type(self) is type(other) and self.fields() == other.fields()
 
     def __hash__(self) -> int:
         return hash((type(self), tuple(self.fields().items())))

@@ -50,15 +50,13 @@ class SequenceLayout:
     ) -> None:
         self.lengths = tuple(int(length) for length in lengths)
         if not self.lengths or min(self.lengths) < 1:
-            msg = f"lengths: every document needs at least one token, and a layout one document; got {list(lengths)}"
+            msg = f"lengths: every document needs at least one token, a layout one document; got {list(lengths)}"
             raise ValueError(msg)
         self.query_lengths = self.lengths if query_lengths is None else tuple(map(int, query_lengths))
         if len(self.query_lengths) != len(self.lengths) or any(
             not 1 <= asked <= length for asked, length in zip(self.query_lengths, self.lengths, strict=True)
         ):
-            msg = (
-                f"query_lengths: expected 1 to the document's length for each, got {list(self.query_lengths)}"
-            )
+            msg = f"query_lengths: expected 1 to the document's length for each, got {list(self.query_lengths)}"
             raise ValueError(msg)
         self.starts = (0, *accumulate(self.lengths))
         self.total = self.starts[-1]
@@ -103,9 +101,7 @@ class SequenceLayout:
     @property
     def cu_seqlens(self) -> torch.Tensor:
         """[N + 1] int32, on the layout's device."""
-        return self.derived(
-            "cu_seqlens", lambda: torch.tensor(self.starts, dtype=torch.int32, device=self.device)
-        )
+        return self.derived("cu_seqlens", lambda: torch.tensor(self.starts, dtype=torch.int32, device=self.device))
 
     @property
     def document_ids(self) -> torch.Tensor:

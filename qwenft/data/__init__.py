@@ -1,0 +1,1 @@
+"""From conversations to micro-batches of one flat stream."""

@@ -1,0 +1,1 @@
+"""The Qwen3.5 family as data: architectures, module roles, parameter counts."""

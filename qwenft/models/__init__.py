@@ -1,0 +1,1 @@
+"""The checkpoint in memory: loading, binding, adapters, loss, export."""

@@ -1,0 +1,1 @@
+"""What is decided before anything runs: findings, rules and records, as pure functions of values."""

@@ -1,0 +1,1 @@
+"""Records rendered for terminals and notebooks."""
