@@ -1,0 +1,194 @@
+"""Attention backends put into a model of transformers: the only file that touches its internals.
+
+Each layer of one model is given a subclass of its own class (``module.__class__``), its backend as an attribute,
+and the layout as a keyword of the call; classes, registries and other models of the process stay as they are,
+and so does ``forward`` of the instance, which activation checkpointing relies on. Without a layout a bound model
+behaves as stock: rows are documents, padding is masked, caches are honoured.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F  # noqa: N812 - its usual name
+from transformers.models.qwen3_5 import modeling_qwen3_5 as dense
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
+
+from qwenft.backends.torch import TorchDeltaRule
+from qwenft.kernels.layout import SequenceLayout
+
+if TYPE_CHECKING:
+    from qwenft.capabilities import AttentionBackend, LinearAttentionBackend
+
+
+class _BoundAttention:
+    """Full attention on the flat stream where there is a layout, and stock where there is none."""
+
+    qwenft_backend: AttentionBackend
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, layout: Any = None, **kwargs: Any) -> Any:
+        if layout is None:
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        return self._on_stream(hidden_states[0], kwargs["position_embeddings"], layout)[None], None
+
+    def _on_stream(self: Any, x_TC: torch.Tensor, rotary: tuple[torch.Tensor, ...], layout: Any) -> torch.Tensor:
+        tokens = x_TC.shape[0]
+        query_THD, gate_THD = self.q_proj(x_TC).view(tokens, -1, 2 * self.head_dim).chunk(2, dim=-1)
+        key_TGD = self.k_norm(self.k_proj(x_TC).view(tokens, -1, self.head_dim))
+        value_TGD = self.v_proj(x_TC).view(tokens, -1, self.head_dim)
+        cos_TR, sin_TR = (table[0] for table in rotary)
+        query_THD, key_TGD = dense.apply_rotary_pos_emb(self.q_norm(query_THD), key_TGD, cos_TR, sin_TR)
+        mixed_THD = self.qwenft_backend.attend(query_THD, key_TGD, value_TGD, layout=layout, scale=self.scaling)
+        return self.o_proj((mixed_THD * gate_THD.sigmoid()).reshape(tokens, -1))
+
+
+class _BoundGatedDeltaNet:
+    """Gated DeltaNet through its backend, on the flat stream or on stock's rows with their cache."""
+
+    qwenft_backend: LinearAttentionBackend
+
+    def forward(
+        self: Any,
+        hidden_states: torch.Tensor,
+        cache_params: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        layout: Any = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        rows, tokens, width = hidden_states.shape
+        if layout is not None:
+            return self._mix(hidden_states[0], self.qwenft_backend, layout, None, None)[0][None]
+        if attention_mask is not None:
+            hidden_states = (hidden_states * attention_mask[:, :, None]).to(hidden_states.dtype)
+        conv_state, scan_state = self._states(cache_params)
+        layout = SequenceLayout.from_lengths([tokens] * rows, device=hidden_states.device)
+        # Decoding and padding are ours on every machine: a backend need not know of them.
+        mixed, conv_inputs, scan_state = self._mix(
+            hidden_states.reshape(rows * tokens, width), TorchDeltaRule(), layout, conv_state, scan_state
+        )
+        if cache_params is not None:
+            inputs_BCT = conv_inputs.view(rows, tokens, -1).transpose(1, 2)
+            cache_params.update_conv_state(inputs_BCT, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
+            cache_params.update_recurrent_state(scan_state, self.layer_idx)
+        return mixed.view(rows, tokens, width)
+
+    def _states(self: Any, cache: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The cached states [N, W - 1, C] and [N, V, D, E]; read before update_conv_state, which marks them old."""
+        if cache is None:
+            return None, None
+        conv_BCW = cache.get_conv_state(self.layer_idx, state_idx=0)
+        if conv_BCW is not None:
+            conv_BCW = conv_BCW[..., 1 - self.conv_kernel_size :].transpose(1, 2).clone()
+        return conv_BCW, cache.get_recurrent_state(self.layer_idx, state_idx=0)
+
+    def _mix(
+        self: Any,
+        x_TC: torch.Tensor,
+        backend: LinearAttentionBackend,
+        layout: SequenceLayout,
+        conv_state: torch.Tensor | None,
+        scan_state: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The layer's output [T, H], the inputs of its convolution [T, C], and the state after each row."""
+        tokens = x_TC.shape[0]
+        inputs_TC = self.in_proj_qkv(x_TC)
+        convolved_TC = backend.short_conv(
+            inputs_TC,
+            self.conv1d.weight[:, 0],
+            self.conv1d.bias,
+            layout=layout,
+            activation=self.activation,
+            initial_state=conv_state,
+        )
+        query, key, value = convolved_TC.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
+        log_decay_TV = -self.A_log.float().exp() * F.softplus(self.in_proj_a(x_TC).float() + self.dt_bias)
+        mixed_TVE, state = backend.delta_rule(
+            query.view(tokens, -1, self.head_k_dim),
+            key.view(tokens, -1, self.head_k_dim),
+            value.view(tokens, -1, self.head_v_dim),
+            log_decay_TV,
+            self.in_proj_b(x_TC).sigmoid(),
+            layout=layout,
+            initial_state=scan_state,
+            return_state=True,
+        )
+        gate_TVE = self.in_proj_z(x_TC).view(-1, self.head_v_dim)
+        normed = self.norm(mixed_TVE.reshape(-1, self.head_v_dim), gate_TVE)
+        return self.out_proj(normed.view(tokens, -1)), inputs_TC, state
+
+
+class BoundAttention(_BoundAttention, dense.Qwen3_5Attention):
+    """Full attention of a dense model, bound."""
+
+
+class BoundMoeAttention(_BoundAttention, moe.Qwen3_5MoeAttention):
+    """Full attention of a mixture of experts, bound."""
+
+
+class BoundGatedDeltaNet(_BoundGatedDeltaNet, dense.Qwen3_5GatedDeltaNet):
+    """Gated DeltaNet of a dense model, bound."""
+
+
+class BoundMoeGatedDeltaNet(_BoundGatedDeltaNet, moe.Qwen3_5MoeGatedDeltaNet):
+    """Gated DeltaNet of a mixture of experts, bound."""
+
+
+_FULL = {dense.Qwen3_5Attention: BoundAttention, moe.Qwen3_5MoeAttention: BoundMoeAttention}
+_LINEAR = {
+    dense.Qwen3_5GatedDeltaNet: BoundGatedDeltaNet,
+    moe.Qwen3_5MoeGatedDeltaNet: BoundMoeGatedDeltaNet,
+}
+
+
+def bind(model: Any, *, full: AttentionBackend, linear: LinearAttentionBackend) -> Any:
+    """Give this model's layers their backends, in place; no other model is touched.
+
+    Args:
+        model: a Qwen3.5 model of transformers, dense or mixture of experts, with or without its tower.
+        full: for full-attention layers.
+        linear: for Gated DeltaNet layers.
+
+    Returns:
+        The model.
+    """
+    for module in model.modules():
+        for bound_classes, backend in ((_FULL, full), (_LINEAR, linear)):
+            bound = bound_classes.get(type(module)) or (type(module) if type(module) in bound_classes.values() else None)
+            if bound is not None:
+                module.__class__ = bound
+                module.qwenft_backend = backend
+    return model
+
+
+def decoder_of(model: Any) -> Any:
+    """The text decoder (embeddings, layers, final norm) inside a model, a peft model or a vision-language model."""
+    causal = causal_of(model)
+    return getattr(causal.model, "language_model", causal.model)
+
+
+def causal_of(model: Any) -> Any:
+    """The ``...ForCausalLM`` or ``...ForConditionalGeneration`` inside a peft model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def hidden_states(model: Any, input_ids: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+    """What the output head would be given, for every token of a flat stream.
+
+    Args:
+        model: bound.
+        input_ids: [T].
+        layout: where its documents begin.
+
+    Returns:
+        [T, H].
+    """
+    # A dict of Nones builds no T x T mask; positions restart in every document.
+    output = decoder_of(model)(
+        input_ids=input_ids[None],
+        position_ids=layout.position_ids[None],
+        attention_mask={"full_attention": None, "linear_attention": None},
+        use_cache=False,
+        layout=layout,
+    )
+    return output.last_hidden_state[0]

@@ -1,0 +1,73 @@
+"""A checkpoint's weights and tokenizer in memory, as transformers' own classes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from qwenft.errors import CheckpointError
+from qwenft.models.checkpoint import weight_files
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qwenft.family.architectures import Architecture
+
+# They ship in float32 and rounding them hurts; transformers keeps no list of its own for this family.
+FLOAT32_ISLANDS = ("linear_attn.A_log", "linear_attn.dt_bias", "linear_attn.norm")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint folder.
+
+    Raises:
+        CheckpointError: the folder holds none.
+    """
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: its tokenizer cannot be loaded: {error}", fix="copy tokenizer.json beside it", path=folder
+        ) from error
+
+
+def load_model(folder: Path, loaded: Architecture, *, dtype: str, device: str = "cpu") -> Any:
+    """The weights of a checkpoint folder, `A_log`, `dt_bias` and the GDN norm in float32.
+
+    Args:
+        folder: the checkpoint.
+        loaded: the part of it to load: without a tower, the tower's weights are never read.
+        dtype: in which the other weights are held.
+        device: "cpu" or "cuda".
+
+    Returns:
+        transformers' ``...ForCausalLM`` or ``...ForConditionalGeneration``.
+
+    Raises:
+        CheckpointError: a file is damaged, or lacks weights that the model has.
+    """
+    cls = getattr(transformers, loaded.class_name)
+    # The list of float32 modules belongs to the class, so a subclass of this call alone carries ours.
+    with_islands = type(cls.__name__, (cls,), {"_keep_in_fp32_modules_strict": list(FLOAT32_ISLANDS)})
+    files = weight_files(folder)
+    try:
+        model, report = with_islands.from_pretrained(
+            folder, dtype=getattr(torch, dtype), device_map=None, output_loading_info=True
+        )
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{folder}: a weight file is damaged or missing: {error}", fix="copy the checkpoint again", path=folder
+        ) from error
+    model.__class__ = cls
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} weights are in none of its {len(files)} files, {missing[0]} first",
+            fix="a checkpoint that is whole",
+            path=folder,
+            missing=missing,
+        )
+    return model.to(device)

@@ -1,0 +1,135 @@
+"""Weights stored in one dtype and multiplied in another.
+
+On a processor without bfloat16 instructions a bfloat16 product is many times slower than a float32 one, and a
+weight that is upcast just before the product costs nothing measurable; on a GPU trained float32 weights meet
+bfloat16 activations the same way. A cast weight is never kept for backward: it is cast again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 - its usual name
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
+
+
+class _CastMatmul(torch.autograd.Function):
+    """x [..., I] times weight [O, I] transposed, with the weight cast to x's dtype here and again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        return x @ weight.to(x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        grad_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
+        return grad_x, grad_weight
+
+
+def cast_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x @ weight.T`` in x's dtype, whatever dtype the weight is stored in.
+
+    Args:
+        x: [..., I].
+        weight: [O, I].
+
+    Returns:
+        [..., O].
+    """
+    return F.linear(x, weight) if weight.dtype == x.dtype else _CastMatmul.apply(x, weight)
+
+
+class CastLinear(nn.Linear):
+    """A Linear without bias whose weight is cast to its input's dtype."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name of nn.Linear
+        """[..., I] to [..., O]."""
+        return cast_matmul(input, self.weight)
+
+
+class CastEmbedding(nn.Embedding):
+    """An embedding that hands its rows on in ``compute_dtype``, and so sets the dtype of the residual stream."""
+
+    compute_dtype: torch.dtype
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name of nn.Embedding
+        """[...] to [..., H]."""
+        return super().forward(input).to(self.compute_dtype)
+
+
+class CastRouter(moe.Qwen3_5MoeTopKRouter):
+    """The router with its weight cast to the hidden states' dtype."""
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[T, H] to router logits [T, X], weights [T, k] and indices [T, k] of the chosen experts."""
+        logits = cast_matmul(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        weights, chosen = logits.softmax(dim=-1, dtype=torch.float32).topk(self.top_k, dim=-1)
+        return logits, (weights / weights.sum(dim=-1, keepdim=True)).to(logits.dtype), chosen
+
+
+class SortedExperts(moe.Qwen3_5MoeExperts):
+    """Routed experts over tokens sorted by expert, one matrix product each; exact, in any storage dtype."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum what each token's experts answer.
+
+        Args:
+            hidden_states: [T, H].
+            top_k_index: [T, k], the experts of each token.
+            top_k_weights: [T, k].
+
+        Returns:
+            [T, H].
+        """
+        tokens, per_token = top_k_index.shape
+        order = top_k_index.flatten().argsort(stable=True)
+        counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()
+        inputs = hidden_states[order // per_token].split(counts)
+        # Read once: with LoRA on the stack each read computes the whole of it.
+        gate_up_stack, down_stack = self.gate_up_proj, self.down_proj
+        outputs = []
+        for expert, x_SH in enumerate(inputs):
+            if x_SH.shape[0]:
+                gate, up = cast_matmul(x_SH, gate_up_stack[expert]).chunk(2, dim=-1)
+                outputs.append(cast_matmul(self.act_fn(gate) * up, down_stack[expert]))
+        answers = torch.cat(outputs) * top_k_weights.flatten()[order, None]
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.numel(), device=order.device)
+        return answers[back].view(tokens, per_token, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+def compute_in(model: Any, dtype: str) -> Any:
+    """Make a model compute in ``dtype``, its weights staying in the dtype that each is stored in.
+
+    Args:
+        model: as loaded; modules are given subclasses of their own classes, in place.
+        dtype: "bfloat16" or "float32".
+
+    Returns:
+        The model.
+    """
+    compute = getattr(torch, dtype)
+    if getattr(model.model, "visual", None) is not None:
+        model.model.visual.to(compute)
+    for name, module in model.named_modules():
+        if ".visual." in f".{name}.":
+            continue
+        if type(module) is nn.Linear and module.bias is None:
+            module.__class__ = CastLinear
+        elif type(module) is nn.Embedding:
+            module.__class__ = CastEmbedding
+            module.compute_dtype = compute
+        elif type(module) is moe.Qwen3_5MoeTopKRouter:
+            module.__class__ = CastRouter
+        elif type(module) is moe.Qwen3_5MoeExperts:
+            module.__class__ = SortedExperts
+    return model

@@ -1,0 +1,47 @@
+"""What a plan has to say: errors, what blocks it here, and notes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import attrs
+
+Level = Literal["error", "blocked", "note"]
+
+
+@attrs.frozen
+class Finding:
+    """One thing that was found, with its place and its remedy.
+
+    Args:
+        level: "error", wrong on any machine; "blocked", right but not here; "note", what was chosen or is lost.
+        place: where in the recipe: "data.packing".
+        problem: what was got and what was expected.
+        fix: the line that mends it.
+    """
+
+    level: Level
+    place: str
+    problem: str
+    fix: str | None = None
+
+    def __str__(self) -> str:
+        lines = [f"{self.place}: {self.problem}"]
+        if self.fix is not None:
+            lines.append(f"     Fix: {self.fix}")
+        return "\n".join(lines)
+
+
+def error(place: str, problem: str, fix: str | None = None) -> Finding:
+    """Wrong on any machine."""
+    return Finding("error", place, problem, fix)
+
+
+def blocked(place: str, problem: str, fix: str | None = None) -> Finding:
+    """Right, but not here."""
+    return Finding("blocked", place, problem, fix)
+
+
+def note(place: str, problem: str) -> Finding:
+    """Worth knowing."""
+    return Finding("note", place, problem)

@@ -1,0 +1,298 @@
+"""What can be wrong with a recipe: one small function a rule.
+
+A rule takes a draft and yields findings; it decides nothing and changes nothing. Combinations are checked here
+and nowhere else; a field by itself is checked by its spec.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from qwenft.family.inventory import inventory
+from qwenft.family.roles import roles_of
+from qwenft.plan.coverage import coverage, matches, trained_roles, trained_weights
+from qwenft.plan.findings import Finding, blocked, error, note
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from qwenft.capabilities import Backend
+    from qwenft.family.architectures import Architecture
+    from qwenft.machine import Machine
+    from qwenft.plan.choice import Choice
+    from qwenft.specs.adapter import AdapterSpec
+    from qwenft.specs.data import DataSpec
+    from qwenft.specs.model import ModelSpec
+    from qwenft.specs.training import TrainingSpec
+
+
+@attrs.frozen
+class Slot:
+    """An attention slot of a draft.
+
+    Args:
+        name: "full" or "linear".
+        choice: the backend, and what "auto" passed over.
+        automatic: "auto" chose it.
+        problem: what the layers ask of it.
+    """
+
+    name: str
+    choice: Choice[Any]
+    automatic: bool
+    problem: Any
+
+    @property
+    def backend(self) -> Backend:
+        """The backend of the slot."""
+        backend: Backend = self.choice.backend
+        return backend
+
+
+@attrs.frozen
+class Draft:
+    """A recipe with everything that a rule may look at.
+
+    Args:
+        model: what is asked of the checkpoint.
+        data: the data, or None.
+        adapter: what is trained.
+        training: the loop.
+        checkpoint: the architecture of the whole checkpoint.
+        architecture: the part of it that is loaded.
+        has_weights: the source names a folder or hub id, and not an architecture alone.
+        machine: what the plan is for.
+        here: the machine is this one.
+        compute_dtype: in which the layers compute.
+        slots: the attention slots.
+    """
+
+    model: ModelSpec
+    data: DataSpec | None
+    adapter: AdapterSpec
+    training: TrainingSpec
+    checkpoint: Architecture
+    architecture: Architecture
+    has_weights: bool
+    machine: Machine
+    here: bool
+    compute_dtype: str
+    slots: tuple[Slot, ...]
+
+
+def vision_tower(draft: Draft) -> Iterator[Finding]:
+    """Ask for a tower only where there is one."""
+    if draft.model.vision and draft.checkpoint.is_text_only:
+        yield error("model.vision", f"{draft.checkpoint.name} has no vision tower", ".text_only()")
+    if not draft.model.vision and not draft.checkpoint.is_text_only:
+        yield note("model.vision", "the vision tower is not loaded; exports keep it as it is")
+
+
+def precision(draft: Draft) -> Iterator[Finding]:
+    """Say where weights are stored in one dtype and multiplied in another."""
+    if draft.compute_dtype != draft.model.dtype:
+        yield note(
+            "model.dtype",
+            f"weights are stored in {draft.model.dtype} and computed in {draft.compute_dtype}: "
+            f"{draft.machine.name} multiplies no {draft.model.dtype} in hardware",
+        )
+
+
+def roles_exist(draft: Draft) -> Iterator[Finding]:
+    """Every role that is named must be in this model."""
+    present = roles_of(draft.architecture)
+    kind = "mixture of experts" if draft.architecture.is_moe else "dense"
+    ranked = tuple(role for role, _ in draft.adapter.ranks)
+    for method, roles in (("on", draft.adapter.roles), ("freeze", draft.adapter.frozen), ("with_rank", ranked)):
+        for role in roles:
+            if role in present:
+                continue
+            if role in roles_of(draft.checkpoint):
+                yield error(f"adapter.{method}", f'"{role}" is not loaded', "recipe.with_model(vision=True)")
+            elif role == "lm_head":
+                yield error(
+                    f"adapter.{method}",
+                    f'{draft.checkpoint.name} has no "lm_head" of its own: it is tied to the embeddings',
+                    "leave it out",
+                )
+            else:
+                yield error(
+                    f"adapter.{method}",
+                    f'"{role}" does not exist in {draft.checkpoint.name} ({kind}). Roles here: {", ".join(present)}',
+                    f".on({', '.join(map(repr, trained_roles(draft.architecture, attrs.evolve(draft.adapter, roles=()))))})",
+                )
+
+
+def adapter_fields(draft: Draft) -> Iterator[Finding]:
+    """No field of the adapter may be without effect."""
+    adapter = draft.adapter
+    if adapter.kind == "lora" and adapter.frozen:
+        yield error("adapter.freeze", "LoRA freezes every weight of the model already", "leave .freeze out")
+    if adapter.kind == "full":
+        if adapter.target_modules or adapter.target_parameters:
+            yield error("adapter.with_target_modules", "full fine-tuning has no targets", ".on(*roles)")
+        if adapter.ranks:
+            yield error("adapter.with_rank", "full fine-tuning has no rank", "AdapterSpec.lora()")
+        return
+    trained = {entry.weight.role for entry in trained_weights(draft.architecture, adapter)}
+    for role, _ in adapter.ranks:
+        if role in roles_of(draft.architecture) and role not in trained:
+            yield error("adapter.with_rank", f'"{role}" has a rank but is not adapted', f'.on(..., "{role}")')
+
+
+def targets_match(draft: Draft) -> Iterator[Finding]:
+    """Something is trained, by every role and suffix that is named."""
+    adapter, weights = draft.adapter, inventory(draft.architecture)
+    for suffix in adapter.target_modules if adapter.kind == "lora" else ():
+        names = [n for w in weights if w.lora_target == "module" for n in w.module_names()]
+        if not any(matches(suffix, name) for name in names):
+            yield error("adapter.with_target_modules", f"{suffix!r} matches no module", '"self_attn.q_proj"')
+    for suffix in adapter.target_parameters if adapter.kind == "lora" else ():
+        names = [n for w in weights if w.lora_target == "parameter" for n in w.names()]
+        if not any(matches(suffix, name) for name in names):
+            yield error("adapter.with_target_parameters", f"{suffix!r} matches no parameter", '"mlp.gate.weight"')
+    for row in coverage(draft.architecture, adapter) if adapter.kind == "lora" else ():
+        if row.role in adapter.roles and row.parameters == 0:
+            yield error("adapter.on", f'LoRA reaches nothing in "{row.role}"', f'AdapterSpec.full().on("{row.role}")')
+    if not trained_weights(draft.architecture, adapter):
+        yield error("adapter", "nothing is trained", "AdapterSpec.lora()")
+
+
+def lora_limits(draft: Draft) -> Iterator[Finding]:
+    """What peft's LoRA cannot do."""
+    adapter = draft.adapter
+    if adapter.kind != "lora":
+        return
+    trained = trained_weights(draft.architecture, adapter)
+    bare = sorted({entry.weight.role for entry in trained if entry.weight.lora_target == "parameter"})
+    for option, value in (("dropout", adapter.dropout), ("dora", adapter.dora)):
+        if value and bare:
+            yield error(
+                f"adapter.{option}",
+                f"peft has no {option} on bare parameters, and {', '.join(bare)} holds such",
+                f"AdapterSpec.lora({option}={type(value)()})",
+            )
+    if draft.architecture.tied and any(entry.weight.role == "embeddings" for entry in trained):
+        yield error(
+            "adapter.on",
+            f'LoRA on the "embeddings" of {draft.checkpoint.name} would leave its tied head behind',
+            'AdapterSpec.full().on("embeddings")',
+        )
+
+
+def not_trained(draft: Draft) -> Iterator[Finding]:
+    """Name what an adapter does not reach."""
+    if draft.adapter.kind == "lora":
+        left = [row.role for row in coverage(draft.architecture, draft.adapter) if row.parameters == 0]
+        if left:
+            yield note("adapter", f"not adapted: {', '.join(left)}")
+
+
+def packing_is_exact(draft: Draft) -> Iterator[Finding]:
+    """Packed documents must stay apart in both halves."""
+    for slot in draft.slots:
+        if draft.data is not None and draft.data.packed and not slot.backend.supports_packing:
+            yield error(
+                "data.packing",
+                f"documents are packed, but attention.{slot.name} = {slot.backend!r} has supports_packing = False,\n"
+                "     so a token could attend to another document.",
+                f'recipe.with_data(data.unpack()), or .with_attention({slot.name}="auto").',
+            )
+
+
+def backend_can(draft: Draft) -> Iterator[Finding]:
+    """A backend that is named is used, or refused; it is never replaced."""
+    for slot in draft.slots:
+        place, backend = f"attention.{slot.name}", slot.backend
+        if backend.needs_half_precision and draft.compute_dtype == "float32":
+            yield error(place, f"{backend.name} computes in 16 bits only, the model in float32", 'dtype="bfloat16"')
+        if (refusal := backend.refuses(slot.problem)) is not None:
+            yield error(place, f"{backend.name} cannot: {refusal}", f'.with_attention({slot.name}="auto")')
+        availability = backend.availability(draft.machine)
+        if not availability.usable:
+            yield blocked(place, f"{backend.name} is not available: {availability.reason}", availability.remedy)
+
+
+def backend_chosen(draft: Draft) -> Iterator[Finding]:
+    """Say what "auto" chose, and what it passed over."""
+    for slot in draft.slots:
+        if slot.automatic:
+            passed = f"; passed over: {', '.join(slot.choice.passed_over)}" if slot.choice.passed_over else ""
+            yield note(f"attention.{slot.name}", f'"auto" chose {slot.backend.name}{passed}')
+
+
+def lengths_fit(draft: Draft) -> Iterator[Finding]:
+    """Documents fit the model, rows hold documents, steps hold rows."""
+    data = draft.data
+    if data is None:
+        return
+    if data.max_length > draft.architecture.context:
+        yield error(
+            "data.max_length",
+            f"{data.max_length:,} tokens are more than the {draft.architecture.context:,} that the model reads",
+            f".with_max_length({draft.architecture.context})",
+        )
+    if data.capacity < data.max_length:
+        yield error(
+            "data.row_tokens",
+            f"a row of {data.capacity:,} tokens cannot hold a document of max_length = {data.max_length:,}",
+            f".pack(row_tokens={data.max_length})",
+        )
+    if draft.training.tokens_per_step is not None and draft.training.tokens_per_step < data.capacity:
+        yield error(
+            "training.tokens_per_step",
+            f"a step of {draft.training.tokens_per_step:,} tokens cannot hold a row of {data.capacity:,}",
+            f"tokens_per_step={data.capacity}, or .with_max_length({draft.training.tokens_per_step})",
+        )
+
+
+def evaluation(draft: Draft) -> Iterator[Finding]:
+    """Evaluate only what was held out."""
+    if draft.training.evaluate_every is not None and (draft.data is None or draft.data.held_out is None):
+        yield error("training.evaluate_every", "there is no held-out data to evaluate", "data.hold_out(0.05)")
+
+
+def can_run_here(draft: Draft) -> Iterator[Finding]:
+    """What a run needs beside a right recipe."""
+    if not draft.has_weights:
+        yield blocked(
+            "model.source",
+            f"{draft.model.source!r} names an architecture and no weights",
+            f'ModelSpec("{draft.checkpoint.hub_id}") or a checkpoint folder',
+        )
+    if draft.data is None:
+        yield blocked("data", "there is nothing to train on", 'recipe.with_data(DataSpec.messages("chats.jsonl"))')
+    if not draft.here:
+        yield blocked("machine", f"the plan is for {draft.machine.name}, not for this machine", "recipe.compile()")
+
+
+def data_loss(draft: Draft) -> Iterator[Finding]:
+    """Say what happens to long rows, before they are counted."""
+    if draft.data is not None and draft.data.overflow != "error":
+        verb = "left out" if draft.data.overflow == "drop" else "cut"
+        yield note("data.overflow", f"rows longer than {draft.data.max_length:,} tokens are {verb} and counted")
+
+
+RULES: tuple[Callable[[Draft], Iterator[Finding]], ...] = (
+    vision_tower,
+    precision,
+    roles_exist,
+    adapter_fields,
+    targets_match,
+    lora_limits,
+    not_trained,
+    packing_is_exact,
+    backend_can,
+    backend_chosen,
+    lengths_fit,
+    evaluation,
+    can_run_here,
+    data_loss,
+)
+
+
+def check(draft: Draft) -> tuple[Finding, ...]:
+    """Everything that the rules find, in their order."""
+    return tuple(finding for rule in RULES for finding in rule(draft))

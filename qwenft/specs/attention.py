@@ -1,0 +1,38 @@
+"""Which attention backends a run uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+from qwenft.capabilities import AttentionBackend, LinearAttentionBackend
+from qwenft.specs.base import Check, spec
+
+
+def _slot(kind: type, example: str) -> Check:
+    def accepts(value: Any) -> bool:
+        return isinstance(value, kind) or (isinstance(value, str) and value != "")
+
+    return Check(accepts, f'a backend\'s name, "auto", or an object of {kind.__name__}', example)
+
+
+@spec
+class AttentionSpec:
+    """A backend for each slot: its name, an object, or "auto", the best exact one of the machine.
+
+    Args:
+        full: for the full-attention layers.
+        linear: for the Gated DeltaNet layers, conv and scan both.
+
+    Examples:
+        >>> AttentionSpec(full="eager").linear
+        'auto'
+    """
+
+    full: str | AttentionBackend = attrs.field(
+        default="auto", validator=_slot(AttentionBackend, 'AttentionSpec(full="sdpa")')
+    )
+    linear: str | LinearAttentionBackend = attrs.field(
+        default="auto", validator=_slot(LinearAttentionBackend, 'AttentionSpec(linear="torch")')
+    )

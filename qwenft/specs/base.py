@@ -1,0 +1,130 @@
+"""What every spec is: a frozen, hashable value that checks itself and names what is misspelt."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import attrs
+
+from qwenft.errors import SpecError, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+S = TypeVar("S", bound=type)
+
+
+def spec(cls: S) -> S:
+    """Make ``cls`` a frozen attrs value whose constructor and methods refuse misspelt arguments by name."""
+    frozen = attrs.frozen(cls)
+    for name, attribute in list(vars(frozen).items()):
+        if isinstance(attribute, classmethod):
+            setattr(frozen, name, classmethod(_checked(attribute.__func__, f"{cls.__name__}.{name}")))
+        elif inspect.isfunction(attribute) and not name.startswith("_"):
+            setattr(frozen, name, _checked(attribute, f"{cls.__name__}.{name}"))
+    frozen.__init__ = _checked(frozen.__init__, cls.__name__)
+    return frozen
+
+
+def _checked(function: Callable[..., Any], label: str) -> Callable[..., Any]:
+    """``function``, raising SpecError where its arguments do not fit its signature."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise _misfit(signature, label, kwargs, error) from None
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _misfit(signature: inspect.Signature, label: str, kwargs: dict[str, Any], error: TypeError) -> SpecError:
+    known = [name for name in signature.parameters if name not in {"self", "cls"}]
+    unknown = [name for name in kwargs if name not in known]
+    if unknown:
+        problem = f"{label} has no argument {unknown[0]!r}{nearest(unknown[0], known)}"
+    else:
+        problem = f"{label}: {error}"
+    return SpecError(problem, fix=f"{label}({', '.join(known)})", got=unknown or kwargs, expected=tuple(known))
+
+
+class Check:
+    """A validator: a predicate, what it expects in words, and a line that satisfies it."""
+
+    def __init__(self, accepts: Callable[[Any], bool], expected: str, example: str) -> None:
+        self.accepts = accepts
+        self.expected = expected
+        self.example = example
+
+    def __call__(self, instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        """Raise SpecError unless ``value`` is accepted."""
+        if not self.accepts(value):
+            place = f"{type(instance).__name__}.{attribute.name}"
+            raise SpecError(
+                f"{place}: expected {self.expected}, got {value!r}",
+                fix=self.example,
+                field=attribute.name,
+                got=value,
+                expected=self.expected,
+            )
+
+    def __repr__(self) -> str:
+        return f"<expects {self.expected}>"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def whole(example: str, *, low: int = 1, optional: bool = False) -> Check:
+    """A whole number of at least ``low`` (or None)."""
+    words = f"a whole number of at least {low}" + (" or None" if optional else "")
+    return Check(lambda v: (optional and v is None) or (_is_whole(v) and v >= low), words, example)
+
+
+def number(
+    example: str, *, low: float = 0.0, high: float = math.inf, above: bool = False, optional: bool = False
+) -> Check:
+    """A finite number from ``low`` (excluded where ``above``) up to ``high``, which is excluded (or None)."""
+    words = (f"a number above {low:g}" if above else f"a number of at least {low:g}") + (
+        f" and below {high:g}" if high < math.inf else ""
+    )
+
+    def accepts(value: Any) -> bool:
+        return (optional and value is None) or (
+            _is_number(value) and (value > low if above else value >= low) and value < high
+        )
+
+    return Check(accepts, words + (" or None" if optional else ""), example)
+
+
+def flag(example: str) -> Check:
+    """True or False."""
+    return Check(lambda v: isinstance(v, bool), "True or False", example)
+
+
+def text(example: str, *, optional: bool = False) -> Check:
+    """A string that is not empty (or None)."""
+    words = "a string that is not empty" + (" or None" if optional else "")
+    return Check(lambda v: (optional and v is None) or (isinstance(v, str) and v != ""), words, example)
+
+
+def one_of(known: tuple[str, ...], example: str) -> Check:
+    """One of some words."""
+    return Check(lambda v: isinstance(v, str) and v in known, "one of " + ", ".join(map(repr, known)), example)
+
+
+def kind_of(cls: type, example: str) -> Check:
+    """An instance of ``cls``."""
+    article = "an" if cls.__name__[0] in "AEIOU" else "a"
+    return Check(lambda v: isinstance(v, cls), f"{article} {cls.__name__}", example)

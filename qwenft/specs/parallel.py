@@ -1,0 +1,20 @@
+"""How many processes a run uses."""
+
+from __future__ import annotations
+
+from qwenft.specs.base import spec
+
+
+@spec
+class ParallelSpec:
+    """One process on one device.
+
+    Examples:
+        >>> ParallelSpec.single()
+        ParallelSpec()
+    """
+
+    @classmethod
+    def single(cls) -> ParallelSpec:
+        """Train in this process alone."""
+        return cls()

@@ -1,0 +1,85 @@
+"""Rows that are in memory already: a list of dicts, or a data set object."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from qwenft.errors import SpecError
+
+
+class Rows:
+    """Rows in memory, compared and hashed by their content as JSON lines.
+
+    A list is copied at once, so that changing it later changes no spec; an object that promises not to change
+    (a ``datasets.Dataset``) is kept as it is and read when needed.
+
+    Args:
+        rows: a list or tuple of mappings, or anything with ``__len__`` and ``__iter__`` that gives mappings.
+
+    Raises:
+        SpecError: a row is no mapping, or holds what JSON cannot.
+    """
+
+    def __init__(self, rows: Any) -> None:
+        copied = isinstance(rows, list | tuple)
+        self._lines: tuple[str, ...] | None = tuple(_lines(rows)) if copied else None
+        self._rows = None if copied else rows
+        self._digest: str | None = None
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        if self._lines is not None:
+            return (json.loads(line) for line in self._lines)
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._lines if self._lines is not None else self._rows)
+
+    def lines(self) -> Iterator[str]:
+        """Each row as one line of JSON."""
+        return iter(self._lines) if self._lines is not None else _lines(self._rows)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the lines."""
+        if self._digest is None:
+            state = hashlib.sha256()
+            for line in self.lines():
+                state.update(line.encode() + b"\n")
+            self._digest = state.hexdigest()
+        return self._digest
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rows) and len(self) == len(other) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} rows in memory>"
+
+
+def is_dataset(value: Any) -> bool:
+    """Whether ``value`` is a sized, indexable collection of rows, such as a ``datasets.Dataset``."""
+    return hasattr(value, "column_names") and hasattr(value, "__len__") and hasattr(value, "__iter__")
+
+
+def _lines(rows: Sequence[Any]) -> Iterator[str]:
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):
+            raise SpecError(
+                f"DataSpec: expected every row to be a mapping, got {type(row).__name__} in row {number}",
+                fix='DataSpec.messages([{"messages": [{"role": "user", "content": "..."}, ...]}])',
+                got=row,
+                row=number,
+            )
+        try:
+            yield json.dumps(dict(row), ensure_ascii=False, sort_keys=True)
+        except (TypeError, ValueError) as error:
+            raise SpecError(
+                f"DataSpec: row {number} holds what JSON cannot: {error}",
+                fix="rows of strings, numbers, lists and mappings",
+                row=number,
+            ) from None
