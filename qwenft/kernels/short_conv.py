@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qwenft.kernels.layout import SequenceLayout
 
 # Of one block on a CPU; some five arrays of this size are in use at a time.
-BLOCK_BYTES = 1 << 18
+BLOCK_BYTES = 1 << 19
 
 
 def short_conv(

@@ -141,6 +141,7 @@ REFUSED = {
     "only a tool's answer": ([{"role": "user", "content": "<tool_response>a</tool_response>"}], None),
     "late system message": ([ASK, SYSTEM], None),
     "second system message": ([SYSTEM, SYSTEM, ASK], None),
+    "unknown role at the head": ([{"role": "critic", "content": "Bad."}, ASK], None),
     "unknown role": ([ASK, {"role": "critic", "content": "Bad."}], None),
     "picture in the system message": ([{"role": "system", "content": [PICTURE]}, ASK], None),
     "video in the system message": ([{"role": "system", "content": [{"type": "video"}]}, ASK], [WEATHER]),

@@ -1,0 +1,100 @@
+"""LoRA through peft: put on by role, and saved so that stock peft and servers load it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import peft
+import torch
+from peft.utils.save_and_load import get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from qwenft.plan.coverage import trained_weights
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qwenft.family.architectures import Architecture
+    from qwenft.specs.adapter import AdapterSpec
+
+_TEXT_ALONE = "base_model.model.model."
+_IN_VISION_LANGUAGE = "base_model.model.model.language_model."
+
+
+def lora_config(loaded: Architecture, adapter: AdapterSpec, source: str) -> peft.LoraConfig:
+    """peft's own configuration of an adapter.
+
+    Args:
+        loaded: the architecture as it is loaded.
+        adapter: of kind "lora".
+        source: the base checkpoint, written into the adapter's files.
+    """
+    trained = trained_weights(loaded, adapter)
+    names = {
+        target: {
+            _suffix(entry.weight): entry.rank for entry in trained if entry.weight.lora_target == target
+        }
+        for target in ("module", "parameter")
+    }
+    return peft.LoraConfig(
+        base_model_name_or_path=source,
+        task_type="CAUSAL_LM",
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.rslora,
+        use_dora=adapter.dora,
+        target_modules=sorted(names["module"]),
+        target_parameters=sorted(names["parameter"]) or None,
+        rank_pattern={
+            suffix: rank for of in names.values() for suffix, rank in of.items() if rank != adapter.rank
+        },
+    )
+
+
+def add_lora(model: Any, config: peft.LoraConfig, *, seed: int) -> Any:
+    """The model with LoRA beside its frozen weights; the caller's random state is left alone.
+
+    Args:
+        model: bound, as loaded.
+        config: where, and of what rank.
+        seed: of the initial values.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, config)
+
+
+def save_adapter(model: Any, folder: Path, checkpoint: Architecture, loaded: Architecture) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into an empty folder.
+
+    The names are those of the class that the checkpoint is published as: an adapter saved under the text half's
+    names loads as nothing, without an error, wherever the vision-language class is served.
+
+    Args:
+        model: a peft model.
+        folder: exists.
+        checkpoint: the whole checkpoint's architecture.
+        loaded: the part of it that was loaded.
+    """
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if loaded.is_text_only and not checkpoint.is_text_only:
+        tensors = {_published(name): tensor for name, tensor in tensors.items()}
+    save_file(
+        {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config = model.peft_config["default"]
+    trained_in, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(folder)
+    config.inference_mode = trained_in
+
+
+def _suffix(weight: Any) -> str:
+    bare = weight.lora_target == "parameter"
+    return f"{weight.module_suffix}.{weight.parameter}" if bare else weight.module_suffix
+
+
+def _published(name: str) -> str:
+    return name.replace(_TEXT_ALONE, _IN_VISION_LANGUAGE, 1) if name.startswith(_TEXT_ALONE) else name
