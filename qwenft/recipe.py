@@ -152,7 +152,9 @@ class Recipe:
 
     def _with(self, field: str, value: Any, changes: dict[str, Any]) -> Recipe:
         if value is not None and changes:
-            raise SpecError(f"Recipe.with_{field}: expected a spec or changes, got both", fix=f"with_{field}(spec)")
+            raise SpecError(
+                f"Recipe.with_{field}: expected a spec or changes, got both", fix=f"with_{field}(spec)"
+            )
         if changes:
             current = getattr(self, field)
             if current is None:

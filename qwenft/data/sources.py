@@ -97,7 +97,9 @@ def _message(row: Row, column: str, place: int, message: Any) -> dict[str, Any]:
 
 def _memory_rows(rows: Rows) -> Iterator[Row]:
     if len(rows) == 0:
-        raise DataError("rows in memory: there is none", fix=f"DataSpec.messages([{_EXAMPLE}])", file=None, row=None)
+        raise DataError(
+            "rows in memory: there is none", fix=f"DataSpec.messages([{_EXAMPLE}])", file=None, row=None
+        )
     for number, values in enumerate(rows, start=1):
         yield Row(values, "rows in memory", number)
 
@@ -118,7 +120,9 @@ def _file_rows(path: Path) -> Iterator[Row]:
             row=number + 1 if isinstance(error, UnicodeDecodeError) else None,
         ) from None
     if number == 0:
-        raise DataError(f"{path}: holds no row", fix=f"one conversation a line: {_EXAMPLE}", file=str(path), row=None)
+        raise DataError(
+            f"{path}: holds no row", fix=f"one conversation a line: {_EXAMPLE}", file=str(path), row=None
+        )
 
 
 def _object(path: Path, number: int, line: str) -> Mapping[str, Any]:

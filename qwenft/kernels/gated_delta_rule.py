@@ -141,7 +141,8 @@ class _ChunkedRule(torch.autograd.Function):
                 if states is not None:
                     result.baddbmm_(chunks.scaled(chunks.q, chunks.from_start), states)
                 group.scatter(result.view(chunks.v.shape), output)
-                saved += [states, writes, inverse]
+                if any(ctx.needs_input_grad):
+                    saved += [states, writes, inverse]
         ctx.save_for_backward(*inputs, *saved)
         ctx.plan = plan
         ctx.state_dtype = None if initial_state is None else initial_state.dtype
@@ -151,7 +152,8 @@ class _ChunkedRule(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs, saved, plan = ctx.saved_tensors[:5], ctx.saved_tensors[5:], ctx.plan
+        kept_tensors, plan = ctx.saved_tensors, ctx.plan  # read once: checkpointing unpacks once
+        inputs, saved = kept_tensors[:5], kept_tensors[5:]
         wants_initial = ctx.needs_input_grad[2]
         grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs]
         if grad_output is None:
@@ -335,6 +337,6 @@ def _through_pairs(kept: _Kept, output_grad: Tensor, solved: Tensor) -> tuple[Te
 
 
 def _through_l2norm(grad: Tensor, normalised: Tensor, factor: Tensor, *, square: float) -> Tensor:
-    """The gradient of x from that of ``normalised`` = x ``factor``, whose square length is about ``square``."""
+    """The gradient of x from that of ``normalised`` = x ``factor``, whose squared length is ``square``."""
     along = (grad * normalised).sum(-1, keepdim=True) / square
     return (grad - along * normalised) * factor

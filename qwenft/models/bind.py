@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from transformers.models.qwen3_5 import modeling_qwen3_5 as dense
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
@@ -19,6 +18,8 @@ from qwenft.backends.torch import TorchDeltaRule
 from qwenft.kernels.layout import SequenceLayout
 
 if TYPE_CHECKING:
+    import torch
+
     from qwenft.capabilities import AttentionBackend, LinearAttentionBackend
 
 
@@ -154,7 +155,9 @@ def bind(model: Any, *, full: AttentionBackend, linear: LinearAttentionBackend) 
     """
     for module in model.modules():
         for bound_classes, backend in ((_FULL, full), (_LINEAR, linear)):
-            bound = bound_classes.get(type(module)) or (type(module) if type(module) in bound_classes.values() else None)
+            bound = bound_classes.get(type(module)) or (
+                type(module) if type(module) in bound_classes.values() else None
+            )
             if bound is not None:
                 module.__class__ = bound
                 module.qwenft_backend = backend

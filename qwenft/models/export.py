@@ -6,7 +6,6 @@ import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -19,11 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    import torch
+
     from qwenft.family.architectures import Architecture
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
-
-
 
 
 def write_merged(model: Any, source: Path, folder: Path, checkpoint: Architecture, loaded: Architecture) -> None:

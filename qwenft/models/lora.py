@@ -31,9 +31,7 @@ def lora_config(loaded: Architecture, adapter: AdapterSpec, source: str) -> peft
     """
     trained = trained_weights(loaded, adapter)
     names = {
-        target: {
-            _suffix(entry.weight): entry.rank for entry in trained if entry.weight.lora_target == target
-        }
+        target: {_suffix(entry.weight): entry.rank for entry in trained if entry.weight.lora_target == target}
         for target in ("module", "parameter")
     }
     return peft.LoraConfig(

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import attrs
+
+from qwenft.family.inventory import Weight, inventory
+from qwenft.plan.coverage import trained_weights
+
+if TYPE_CHECKING:
+    from qwenft.family.architectures import Architecture
+    from qwenft.specs.adapter import AdapterSpec
 
 
 @attrs.frozen
@@ -62,3 +71,27 @@ class StateBytes:
     def total(self) -> int:
         """Their sum."""
         return self.weights + self.trained + self.gradients + self.optimizer
+
+
+_FLOAT32 = 4
+_ITEM_BYTES = {"bfloat16": 2, "float32": 4}
+# A_log, dt_bias and the GDN norm are float32 in every checkpoint and stay so.
+_ISLANDS = ("A_log", "dt_bias")
+
+
+def state_bytes(architecture: Architecture, adapter: AdapterSpec, dtype: str) -> StateBytes:
+    """Count what a run holds: frozen weights as stored, and four float32 values a trained parameter with AdamW."""
+    trained = trained_weights(architecture, adapter)
+    replaced = {entry.weight for entry in trained if entry.rank is None}
+    parameters = sum(entry.parameters for entry in trained)
+    weights = sum(
+        weight.count * (_FLOAT32 if _is_island(weight) else _ITEM_BYTES[dtype])
+        for weight in inventory(architecture)
+        if weight not in replaced
+    )
+    one = parameters * _FLOAT32
+    return StateBytes(weights=weights, trained=one, gradients=one, optimizer=2 * one)
+
+
+def _is_island(weight: Weight) -> bool:
+    return weight.parameter in _ISLANDS or weight.module == "linear_attn.norm"

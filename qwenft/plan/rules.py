@@ -155,7 +155,9 @@ def targets_match(draft: Draft) -> Iterator[Finding]:
             yield error("adapter.with_target_parameters", f"{suffix!r} matches no parameter", '"mlp.gate.weight"')
     for row in coverage(draft.architecture, adapter) if adapter.kind == "lora" else ():
         if row.role in adapter.roles and row.parameters == 0:
-            yield error("adapter.on", f'LoRA reaches nothing in "{row.role}"', f'AdapterSpec.full().on("{row.role}")')
+            yield error(
+                "adapter.on", f'LoRA reaches nothing in "{row.role}"', f'AdapterSpec.full().on("{row.role}")'
+            )
     if not trained_weights(draft.architecture, adapter):
         yield error("adapter", "nothing is trained", "AdapterSpec.lora()")
 
@@ -207,7 +209,9 @@ def backend_can(draft: Draft) -> Iterator[Finding]:
     for slot in draft.slots:
         place, backend = f"attention.{slot.name}", slot.backend
         if backend.needs_half_precision and draft.compute_dtype == "float32":
-            yield error(place, f"{backend.name} computes in 16 bits only, the model in float32", 'dtype="bfloat16"')
+            yield error(
+                place, f"{backend.name} computes in 16 bits only, the model in float32", 'dtype="bfloat16"'
+            )
         if (refusal := backend.refuses(slot.problem)) is not None:
             yield error(place, f"{backend.name} cannot: {refusal}", f'.with_attention({slot.name}="auto")')
         availability = backend.availability(draft.machine)

@@ -63,9 +63,7 @@ class DataSpec:
     column: str = attrs.field(
         default="messages", kw_only=True, validator=text('.with_columns(messages="conversation")')
     )
-    max_length: int = attrs.field(
-        default=2048, kw_only=True, validator=whole(".with_max_length(2048)", low=2)
-    )
+    max_length: int = attrs.field(default=2048, kw_only=True, validator=whole(".with_max_length(2048)", low=2))
     overflow: str = attrs.field(
         default="drop", kw_only=True, validator=one_of(OVERFLOWS, '.with_max_length(2048, overflow="drop")')
     )

@@ -2,6 +2,7 @@ import random
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from qwenft.kernels import gated_delta_rule as module
 from qwenft.kernels.chunks import ChunkPlan, Span
@@ -286,6 +287,19 @@ def test_backward_keeps_no_more_than_inputs_states_writes_and_inverse():
     chunks = tokens // 64
     most = 4 * (2 * tokens * K * D + tokens * V * (D + 2) + chunks * V * (D * D + 64 * D + 64 * 64))
     assert sum(saved.values()) <= most
+
+
+def test_it_works_under_activation_checkpointing():
+    """Recomputed in the backward pass, it gives the same bits."""
+    layout = SequenceLayout([130, 3])
+    inputs = make_inputs(layout.total)
+
+    def checkpointed(*tensors):
+        return checkpoint(lambda *leaves: gated_delta_rule(*leaves, layout=layout), *tensors, use_reentrant=False)
+
+    got = with_gradients(checkpointed, inputs)
+    expected = with_gradients(gated_delta_rule, inputs, layout=layout)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("rows", [1, 8, 20, 10**6])

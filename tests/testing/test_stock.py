@@ -88,3 +88,11 @@ def test_a_failure_shows_what_stock_said(checkpoint):
         QwenftError, match=r"stock transformers failed with exit status 1:\n(.|\n)*index out of range"
     ):
         stock_logits(checkpoint, [[100_000]])
+
+
+def test_kernel_packages_are_out_of_reach(checkpoint, monkeypatch, tmp_path):
+    """The fresh process never imports flash-linear-attention, even where it stands first on the path."""
+    (tmp_path / "fla").mkdir()
+    (tmp_path / "fla" / "__init__.py").write_text("raise SystemExit('fla was imported')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert stock_logits(checkpoint, [[1, 2]]).logits[0].isfinite().all()

@@ -1,0 +1,146 @@
+"""The documents that a run trains on and holds out, counted."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+import attrs
+
+from qwenft.data.stream import Stream
+from qwenft.errors import DataError
+from qwenft.plan.records import DataReport
+from qwenft.specs.data import DataSpec
+
+if TYPE_CHECKING:
+    from qwenft.data.chat import ChatEncoder, Document
+    from qwenft.specs.training import TrainingSpec
+
+
+@attrs.frozen(eq=False)
+class Corpus:
+    """What a run reads.
+
+    Args:
+        train: the rows and steps of training.
+        held_out: the rows of evaluation, or None.
+        report: what was counted.
+    """
+
+    train: Stream
+    held_out: Stream | None
+    report: DataReport
+
+
+@attrs.define
+class _Counts:
+    rows: int = 0
+    dropped: int = 0
+    truncated: int = 0
+    untrained: int = 0
+
+
+def read_corpus(data: DataSpec, training: TrainingSpec, encoder: ChatEncoder) -> Corpus:
+    """Tokenise a source, apply its length policy, hold some out, and count.
+
+    Raises:
+        DataError: a row is wrong, too long under the policy "error", or no token of the data is trained.
+    """
+    counts = _Counts()
+    documents = _fitting(data, encoder, counts)
+    held_out: list[Document] = []
+    if isinstance(data.held_out, DataSpec):
+        other = attrs.evolve(data.held_out, max_length=data.max_length, overflow=data.overflow)
+        held_out = _fitting(other, encoder, _Counts())
+        _require_supervision(held_out, other, "held-out data")
+    elif data.held_out is not None:
+        documents, held_out = _split(documents, data.held_out, training.seed)
+    _require_supervision(documents, data, "data")
+    train = _stream(documents, data, training)
+    per_epoch = len(train.steps())
+    rows = train.rows()
+    tokens = sum(train.lengths)
+    report = DataReport(
+        rows=counts.rows,
+        documents=len(documents),
+        tokens=tokens,
+        supervised=sum(document.supervised for document in documents),
+        longest=max(train.lengths),
+        dropped=counts.dropped,
+        truncated=counts.truncated,
+        untrained=counts.untrained,
+        stream_rows=len(rows),
+        fill=tokens / (len(rows) * data.capacity),
+        steps_per_epoch=per_epoch,
+        steps=training.max_steps or per_epoch * (training.epochs or 1),
+        held_out=len(held_out),
+        held_out_supervised=sum(document.supervised for document in held_out),
+    )
+    return Corpus(train, _stream(held_out, data, training) if held_out else None, report)
+
+
+def _stream(documents: list[Document], data: DataSpec, training: TrainingSpec) -> Stream:
+    return Stream(
+        documents,
+        capacity=data.capacity,
+        packed=data.packed,
+        tokens_per_step=training.tokens_per_step,
+        seed=training.seed,
+    )
+
+
+def _fitting(data: DataSpec, encoder: ChatEncoder, counts: _Counts) -> list[Document]:
+    """The documents that are trained on, after the length policy; the others are counted."""
+    documents = []
+    for document in encoder.encode(data):
+        counts.rows += 1
+        fitted = document
+        if len(document) > data.max_length:
+            if data.overflow == "error":
+                raise DataError(
+                    f"{document.file}, row {document.row}: {len(document):,} tokens are more than "
+                    f"max_length = {data.max_length:,}",
+                    fix=f'.with_max_length({len(document)}), or overflow="drop" or "truncate"',
+                    file=document.file,
+                    row=document.row,
+                )
+            if data.overflow == "drop":
+                counts.dropped += 1
+                continue
+            counts.truncated += 1
+            fitted = document.truncated(data.max_length)
+        if fitted.supervised == 0:
+            counts.untrained += 1
+            continue
+        documents.append(fitted)
+    return documents
+
+
+def _split(documents: list[Document], fraction: float, seed: int) -> tuple[list[Document], list[Document]]:
+    """Documents to train on and to hold out, at least one each, the same for the same seed."""
+    if len(documents) < 2:
+        raise DataError(
+            f"hold_out({fraction}): {len(documents)} documents cannot be shared out",
+            fix="more data",
+            file=None,
+            row=None,
+        )
+    order = list(range(len(documents)))
+    random.Random(seed).shuffle(order)  # noqa: S311 - an order, not a secret
+    count = min(max(1, round(fraction * len(documents))), len(documents) - 1)
+    held = set(order[:count])
+    return (
+        [document for index, document in enumerate(documents) if index not in held],
+        [document for index, document in enumerate(documents) if index in held],
+    )
+
+
+def _require_supervision(documents: list[Document], data: DataSpec, what: str) -> None:
+    if not documents:
+        where = data.source if isinstance(data.source, tuple) else "rows in memory"
+        raise DataError(
+            f"no token of the {what} is trained ({where}): every row is too long or has no assistant turn",
+            fix="conversations with assistant turns, or a larger .with_max_length(n)",
+            file=None,
+            row=None,
+        )

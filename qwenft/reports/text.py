@@ -1,0 +1,122 @@
+"""Plans and runs as text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qwenft.run import Run
+    from qwenft.training_plan import TrainingPlan
+
+_LEVELS = {"error": "error", "blocked": "blocked here", "note": "note"}
+
+
+def bytes_text(count: float) -> str:
+    """A number of bytes for people.
+
+    Examples:
+        >>> bytes_text(1536)
+        '1.5 KiB'
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Columns as wide as they need to be; those in ``right`` are aligned there."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def coverage_rows(plan: TrainingPlan) -> list[tuple[str, str, str, str, str]]:
+    """Role, trained modules, layers, trained parameters and share of each role."""
+    return [
+        (
+            row.role,
+            ", ".join(module.rpartition(".")[2] for module in row.modules) or "frozen",
+            str(row.layers or ""),
+            f"{row.parameters:,}",
+            f"{row.held:,}",
+        )
+        for row in plan.coverage
+    ]
+
+
+def facts(plan: TrainingPlan) -> list[tuple[str, str]]:
+    """What a plan says in a line each: name and value."""
+    recipe, draft = plan.recipe, plan.draft
+    precision = recipe.model.dtype
+    if draft.compute_dtype != precision:
+        precision += f", computed in {draft.compute_dtype}"
+    half = "with vision tower" if recipe.model.vision else "text half"
+    held = sum(row.held for row in plan.coverage)
+    method = "full fine-tuning" if recipe.adapter.kind == "full" else f"LoRA rank {recipe.adapter.rank}"
+    state = plan.state
+    return [
+        ("model", f"{draft.checkpoint.name} ({half}, {precision})"),
+        ("machine", plan.machine.name),
+        ("trained", f"{method}: {plan.trained_parameters:,} parameters beside or among {held:,}"),
+        ("attention", ", ".join(f"{slot.name} = {slot.backend.name}" for slot in draft.slots)),
+        ("data", data_text(plan)),
+        (
+            "state",
+            f"{bytes_text(state.total)}: frozen weights {bytes_text(state.weights)}, trained "
+            f"{bytes_text(state.trained)}, gradients {bytes_text(state.gradients)}, optimizer "
+            f"{bytes_text(state.optimizer)}; activations come on top",
+        ),
+    ]
+
+
+def data_text(plan: TrainingPlan) -> str:
+    """The data in a sentence, or that they have not been counted."""
+    if plan.recipe.data is None:
+        return "none"
+    if not plan.data_is_known:
+        return "not yet computed (plan.data tokenises them)"
+    data = plan.data
+    lost = [
+        f"{count:,} rows {what}"
+        for count, what in (
+            (data.dropped, "dropped"),
+            (data.truncated, "truncated"),
+            (data.untrained, "untrained"),
+        )
+        if count
+    ]
+    return (
+        f"{data.documents:,} documents, {data.tokens:,} tokens, {data.supervised:,} of them supervised; "
+        f"{data.stream_rows:,} rows filled to {data.fill:.0%}; {data.steps:,} steps"
+        + (f"; {data.held_out:,} documents held out" if data.held_out else "")
+        + (f"; {', '.join(lost)}" if lost else "")
+    )
+
+
+def render_plan(plan: TrainingPlan) -> str:
+    """The whole plan."""
+    lines = [f"{name:<10} {value}" for name, value in facts(plan)]
+    rows = table(("role", "modules", "layers", "trained", "of"), coverage_rows(plan), right=(2, 3, 4))
+    findings = [f"{_LEVELS[finding.level]}: {finding}" for finding in plan.findings]
+    return "\n".join([*lines, "", rows, "", *findings])
+
+
+def render_run(run: Run) -> str:
+    """A run in a few lines."""
+    steps = [record for record in run.history if "loss" in record]
+    lines = [f"run of {len(steps):,} steps in {run.folder}"]
+    if steps:
+        lines.append(f"loss {steps[0]['loss']:.4f} to {steps[-1]['loss']:.4f}")
+    if run.held_out_losses:
+        lines.append(f"held out {run.held_out_losses[0][1]:.4f} to {run.held_out_losses[-1][1]:.4f}")
+    return ", ".join(lines)

@@ -1,0 +1,62 @@
+"""A checkpoint folder made into a model that is ready to train."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qwenft.models.bind import bind, causal_of
+from qwenft.models.load import load_model
+from qwenft.models.lora import add_lora, lora_config
+from qwenft.models.precision import compute_in
+from qwenft.plan.coverage import trained_weights
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qwenft.capabilities import AttentionBackend, LinearAttentionBackend
+    from qwenft.family.architectures import Architecture
+    from qwenft.specs.adapter import AdapterSpec
+
+
+def prepare_model(
+    folder: Path,
+    loaded: Architecture,
+    *,
+    adapter: AdapterSpec,
+    full: AttentionBackend,
+    linear: LinearAttentionBackend,
+    dtype: str,
+    compute_dtype: str,
+    device: str,
+    source: str,
+    seed: int,
+) -> Any:
+    """Load, bind, and give a model its adapter or its trained weights, in this order.
+
+    Args:
+        folder: the checkpoint.
+        loaded: the part of its architecture to load.
+        adapter: what is trained; trained parameters are float32.
+        full: backend of the full-attention layers.
+        linear: backend of the Gated DeltaNet layers.
+        dtype: in which frozen weights are held.
+        compute_dtype: in which the layers compute.
+        device: "cpu" or "cuda".
+        source: the checkpoint's name in the adapter's files.
+        seed: of the adapter's initial values.
+    """
+    model = load_model(folder, loaded, dtype=dtype, device=device)
+    bind(model, full=full, linear=linear)
+    compute_in(model, compute_dtype)
+    if adapter.kind == "lora":
+        return add_lora(model, lora_config(loaded, adapter, source), seed=seed)
+    names = {
+        name
+        for entry in trained_weights(loaded, adapter)
+        for name in entry.weight.names(text_only=loaded.is_text_only)
+    }
+    for name, parameter in causal_of(model).named_parameters():
+        parameter.requires_grad_(name in names)
+        if name in names:
+            parameter.data = parameter.data.float()
+    return model

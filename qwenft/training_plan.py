@@ -1,0 +1,326 @@
+"""A compiled recipe: what will run, checked, and the running of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from qwenft import backends
+from qwenft.capabilities import AttentionProblem, LinearAttentionProblem
+from qwenft.data.sources import check_head
+from qwenft.errors import DataError, PlanError, SpecError
+from qwenft.machine import Machine
+from qwenft.models.checkpoint import architecture_of, checkpoint_folder, has_weights
+from qwenft.plan.choice import Choice, choose
+from qwenft.plan.coverage import CoverageRow, coverage, trained_weights
+from qwenft.plan.findings import Finding, error
+from qwenft.plan.records import DataReport, StateBytes, state_bytes
+from qwenft.plan.rules import Draft, Slot, check
+from qwenft.specs.data import DataSpec
+
+if TYPE_CHECKING:
+    import os
+
+    from qwenft.recipe import Recipe
+    from qwenft.run import Run
+    from qwenft.training.engine import Prepared
+
+
+def compile_recipe(recipe: Recipe, machine: Machine | None, *, strict: bool) -> TrainingPlan:
+    """Check a recipe and plan it; see :meth:`qwenft.Recipe.compile`."""
+    here = Machine.detect()
+    machine = machine or here
+    checkpoint = architecture_of(recipe.model)
+    loaded = checkpoint if recipe.model.vision and not checkpoint.is_text_only else checkpoint.text_only()
+    native = recipe.model.dtype != "bfloat16" or machine.native_bfloat16
+    compute_dtype = recipe.model.dtype if native else "float32"
+    slots, problems = _slots(recipe, loaded, machine, compute_dtype)
+    draft = Draft(
+        model=recipe.model,
+        data=recipe.data,
+        adapter=recipe.adapter,
+        training=recipe.training,
+        checkpoint=checkpoint,
+        architecture=loaded,
+        has_weights=has_weights(recipe.model),
+        machine=machine,
+        here=machine == here,
+        compute_dtype=compute_dtype,
+        slots=slots,
+    )
+    findings = (*problems, *_data_problems(recipe.data), *check(draft))
+    plan = TrainingPlan(recipe=recipe, draft=draft, findings=findings)
+    errors = [finding for finding in findings if finding.level == "error"]
+    if strict and errors:
+        raise PlanError(errors)
+    return plan
+
+
+def _data_problems(data: DataSpec | None) -> list[Finding]:
+    """What the first rows of each source show."""
+    problems = []
+    for place, spec in (("data", data), ("data.held_out", getattr(data, "held_out", None))):
+        if isinstance(spec, DataSpec):
+            try:
+                check_head(spec)
+            except DataError as problem:
+                problems.append(error(f"{place}.source", problem.problem, problem.fix))
+    return problems
+
+
+def _slots(
+    recipe: Recipe, loaded: Any, machine: Machine, compute_dtype: str
+) -> tuple[tuple[Slot, ...], list[Finding]]:
+    """The backend of each attention slot; a name that is unknown is a finding, and "auto" stands in for it."""
+    longest = recipe.data.max_length if recipe.data is not None else loaded.context
+    common = {"device": machine.device, "dtype": compute_dtype, "max_length": longest}
+    problems = {
+        "full": AttentionProblem(
+            query_heads=loaded.query_heads,
+            key_value_heads=loaded.key_value_heads,
+            head_dim=loaded.head_dim,
+            **common,
+        ),
+        "linear": LinearAttentionProblem(
+            key_heads=loaded.gdn_key_heads,
+            value_heads=loaded.gdn_value_heads,
+            key_dim=loaded.gdn_key_dim,
+            value_dim=loaded.gdn_value_dim,
+            **common,
+        ),
+    }
+    packed = recipe.data is not None and recipe.data.packed
+    slots, findings = [], []
+    for name, problem in problems.items():
+        asked = getattr(recipe.attention, name)
+        automatic = choose(backends.automatic(name), problem, machine, packed=packed, compute_dtype=compute_dtype)
+        choice: Choice[Any] = automatic
+        if asked != "auto":
+            try:
+                named = getattr(backends, name)(asked) if isinstance(asked, str) else asked
+                choice = Choice(named, ())
+            except SpecError as unknown:
+                findings.append(error(f"attention.{name}", unknown.problem, unknown.fix))
+        slots.append(Slot(name, choice, automatic=asked == "auto", problem=problem))
+    return tuple(slots), findings
+
+
+@attrs.define(eq=False, repr=False, slots=False)
+class TrainingPlan:
+    """What a recipe comes to on a machine.
+
+    Args:
+        recipe: what was asked.
+        draft: what it was resolved to.
+        findings: all that the rules found, errors first to be raised, then what blocks and what is worth knowing.
+    """
+
+    recipe: Recipe
+    draft: Draft
+    findings: tuple[Finding, ...]
+
+    @property
+    def architecture(self) -> Any:
+        """The part of the checkpoint's architecture that is loaded."""
+        return self.draft.architecture
+
+    @property
+    def machine(self) -> Machine:
+        """What the plan is for."""
+        return self.draft.machine
+
+    @property
+    def coverage(self) -> tuple[CoverageRow, ...]:
+        """What is trained of each role."""
+        return coverage(self.draft.architecture, self.recipe.adapter)
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many parameters are trained."""
+        return sum(entry.parameters for entry in trained_weights(self.draft.architecture, self.recipe.adapter))
+
+    @property
+    def state(self) -> StateBytes:
+        """The bytes of weights, gradients and optimizer."""
+        return state_bytes(self.draft.architecture, self.recipe.adapter, self.recipe.model.dtype)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the recipe, the architecture and what was chosen: equal plans run alike."""
+        chosen = [slot.backend.name for slot in self.draft.slots]
+        resolved = [self.recipe.fingerprint, attrs.asdict(self.draft.checkpoint), chosen, self.draft.compute_dtype]
+        return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def data(self) -> DataReport:
+        """The data counted; tokenises all of it at first use.
+
+        Raises:
+            DataError: a row is wrong, or no token is trained.
+            PlanError: there are no data, or no tokenizer.
+        """
+        return self._corpus.report
+
+    @property
+    def data_is_known(self) -> bool:
+        """Whether the data have been counted already."""
+        return "_corpus" in self.__dict__
+
+    def explain(self) -> str:
+        """The plan as text."""
+        from qwenft.reports.text import render_plan
+
+        return render_plan(self)
+
+    def prepare(self) -> Prepared:
+        """The model, bound and adapted, with its data and optimizer.
+
+        Raises:
+            PlanError: something blocks the run here.
+            DataError: the data are wrong; no weight has been read then.
+            CheckpointError: the weights cannot be loaded.
+        """
+        from qwenft.training.engine import Prepared
+        from qwenft.training.prepare import prepare_model
+
+        corpus = self._corpus
+        full, linear = self.draft.slots
+        model = prepare_model(
+            self._folder,
+            self.draft.architecture,
+            adapter=self.recipe.adapter,
+            full=full.backend,  # type: ignore[arg-type]
+            linear=linear.backend,  # type: ignore[arg-type]
+            dtype=self.recipe.model.dtype,
+            compute_dtype=self.draft.compute_dtype,
+            device=self.machine.device,
+            source=self.recipe.model.source,
+            seed=self.recipe.training.seed,
+        )
+        return Prepared(model, self._tokenizer, corpus, self.recipe.training, self.machine.device)
+
+    def train(self, run_dir: str | os.PathLike[str], *, progress: bool = True) -> Run:
+        """Train, and leave everything in a new folder.
+
+        Args:
+            run_dir: must not exist, or be empty.
+            progress: show the plan's progress as it goes.
+
+        Returns:
+            The run.
+
+        Raises:
+            PlanError: something blocks the run here.
+            DataError: the data are wrong.
+            CheckpointError: the folder is taken or cannot be written, or the weights cannot be loaded.
+        """
+        from qwenft.reports.live import Progress
+        from qwenft.run import Run
+        from qwenft.specs.codec import Codec
+        from qwenft.training.folder import claim_run_folder, require_free
+        from qwenft.training.loop import train
+
+        folder = Path(run_dir)
+        require_free(folder)
+        self._require_runnable()
+        report = self.data
+        claim_run_folder(
+            folder, {"plan.json": self.summary(), "recipe.json": Codec(folder=None).dump(self.recipe)}
+        )
+        self.recipe.save(folder / "recipe.json")
+        prepared = self.prepare()
+        with Progress(report.steps, shown=progress) as shown:
+            history = train(prepared, folder / "metrics.jsonl", state_bytes=self.state.total, on_step=shown.update)
+        if self.recipe.adapter.kind == "lora":
+            self._save_adapter(prepared.model, folder / "adapter")
+        else:
+            self.export(prepared.model, folder / "model")
+        return Run(folder, self, prepared, history)
+
+    def evaluate(self, prepared: Prepared, data: DataSpec | None) -> dict[str, float]:
+        """Loss and perplexity of a prepared model; see :meth:`qwenft.run.Run.evaluate`."""
+        from qwenft.data.corpus import read_corpus
+
+        stream = prepared.corpus.held_out
+        if data is not None:
+            whole = attrs.evolve(data, held_out=None)
+            stream = read_corpus(whole, self.recipe.training, self._encoder).train
+        if stream is None:
+            raise DataError("there is no held-out data", fix="run.evaluate(DataSpec.messages(...))", row=None)
+        loss = prepared.evaluate(stream)
+        return {"loss": loss, "perplexity": math.exp(loss)}
+
+    def export(self, model: Any, path: Path) -> Path:
+        """Write the merged checkpoint; see :meth:`qwenft.run.Run.export`."""
+        from qwenft.models.export import write_merged
+        from qwenft.training.folder import new_folder
+
+        with new_folder(path) as folder:
+            write_merged(model, self._folder, folder, self.draft.checkpoint, self.draft.architecture)
+        return path
+
+    def summary(self) -> dict[str, Any]:
+        """The plan as a JSON value."""
+        return {
+            "fingerprint": self.fingerprint,
+            "machine": attrs.asdict(self.machine),
+            "model": self.draft.checkpoint.name,
+            "compute_dtype": self.draft.compute_dtype,
+            "attention": {slot.name: slot.backend.name for slot in self.draft.slots},
+            "coverage": [attrs.asdict(row) for row in self.coverage],
+            "trained_parameters": self.trained_parameters,
+            "state_bytes": attrs.asdict(self.state),
+            "data": attrs.asdict(self.data) if self.data_is_known else None,
+            "findings": [attrs.asdict(finding) for finding in self.findings],
+        }
+
+    def __repr__(self) -> str:
+        return self.explain()
+
+    def _repr_html_(self) -> str:
+        from qwenft.reports.html import render_plan
+
+        return render_plan(self)
+
+    def _save_adapter(self, model: Any, path: Path) -> None:
+        from qwenft.models.lora import save_adapter
+        from qwenft.training.folder import new_folder
+
+        with new_folder(path) as folder:
+            save_adapter(model, folder, self.draft.checkpoint, self.draft.architecture)
+
+    def _require_runnable(self) -> None:
+        hindrances = [finding for finding in self.findings if finding.level != "note"]
+        if hindrances:
+            raise PlanError(hindrances, subject="before this can run")
+
+    @cached_property
+    def _folder(self) -> Path:
+        self._require_runnable()
+        return checkpoint_folder(self.recipe.model)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from qwenft.models.load import load_tokenizer
+
+        return load_tokenizer(self._folder)
+
+    @property
+    def _encoder(self) -> Any:
+        from qwenft.data.chat import ChatEncoder
+
+        return ChatEncoder(self._tokenizer)
+
+    @cached_property
+    def _corpus(self) -> Any:
+        from qwenft.data.corpus import read_corpus
+
+        self._require_runnable()
+        assert self.recipe.data is not None
+        return read_corpus(self.recipe.data, self.recipe.training, self._encoder)
