@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, TypeVar
 
 from qwenft.backends.eager import EagerAttention
 from qwenft.backends.reference import ReferenceDeltaRule
 from qwenft.backends.sdpa import SdpaAttention
 from qwenft.backends.torch import TorchDeltaRule
-from qwenft.errors import SpecError
+from qwenft.errors import SpecError, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,14 +59,17 @@ def linear(name: str) -> LinearAttentionBackend:
     return _find("linear", name, _LINEAR)()
 
 
+def automatic(slot: str) -> tuple[AttentionBackend, ...] | tuple[LinearAttentionBackend, ...]:
+    """What "auto" chooses from in the slot "full" or "linear", best first; the last can always."""
+    return (SdpaAttention(), EagerAttention()) if slot == "full" else (TorchDeltaRule(), ReferenceDeltaRule())
+
+
 def _find(slot: str, name: str, known: Mapping[str, T]) -> T:
     if name in known:
         return known[name]
-    nearest = get_close_matches(str(name), known, n=1, cutoff=0.5)
-    msg = f"attention.{slot}: no backend is called {name!r}; known names: {', '.join(known)}"
     raise SpecError(
-        msg,
-        fix=f'{slot}="{nearest[0]}"' if nearest else f'{slot}="auto"',
+        f"attention.{slot}: no backend is called {name!r}{nearest(name, known) or '.'} Known: {', '.join(known)}",
+        fix=f'AttentionSpec({slot}="auto")',
         got=name,
         expected=tuple(known),
     )
@@ -80,6 +82,7 @@ __all__ = [
     "ReferenceDeltaRule",
     "SdpaAttention",
     "TorchDeltaRule",
+    "automatic",
     "full",
     "linear",
 ]

@@ -6,6 +6,7 @@ import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -17,8 +18,6 @@ from qwenft.models.checkpoint import weight_files
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
-
-    import torch
 
     from qwenft.family.architectures import Architecture
 
@@ -117,7 +116,7 @@ def _merged_reader(module: Any, parameter: str) -> Any:
         held = getattr(base, parameter)
         original = held.data
         try:
-            held.data = original.float()
+            held.data = original.to(torch.float32, copy=True)  # merging adds in place
             module.merge()
             return getattr(module.get_base_layer(), parameter).data.clone()
         finally:

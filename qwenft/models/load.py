@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,11 +28,15 @@ def load_tokenizer(folder: Path) -> Any:
         CheckpointError: the folder holds none.
     """
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder}: its tokenizer cannot be loaded: {error}", fix="copy tokenizer.json beside it", path=folder
         ) from error
+    # transformers 5.23 builds the BPE anew and forgets this flag, without which some words encode otherwise.
+    saved = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer.backend_tokenizer.model.ignore_merges = bool(saved["model"].get("ignore_merges"))
+    return tokenizer
 
 
 def load_model(folder: Path, loaded: Architecture, *, dtype: str, device: str = "cpu") -> Any:
@@ -51,7 +56,9 @@ def load_model(folder: Path, loaded: Architecture, *, dtype: str, device: str = 
     """
     cls = getattr(transformers, loaded.class_name)
     # The list of float32 modules belongs to the class, so a subclass of this call alone carries ours.
-    with_islands = type(cls.__name__, (cls,), {"_keep_in_fp32_modules_strict": list(FLOAT32_ISLANDS)})
+    # It names transformers as its module, or the conversions of the family's weight names would not apply to it.
+    attributes = {"_keep_in_fp32_modules_strict": list(FLOAT32_ISLANDS), "__module__": cls.__module__}
+    with_islands = type(cls.__name__, (cls,), attributes)
     files = weight_files(folder)
     try:
         model, report = with_islands.from_pretrained(

@@ -36,24 +36,22 @@ def test_backends_compare_by_class_and_fields():
     assert repr(backends.linear("torch")) == "TorchDeltaRule()"
 
 
-def test_an_unknown_name_gets_the_known_ones_and_the_nearest():
-    """A misspelt name is answered with the names there are and the one that was meant."""
+@pytest.mark.parametrize(("slot", "name", "meant"), [("full", "sdp", "sdpa"), ("linear", "torsch", "torch")])
+def test_an_unknown_name_gets_the_known_ones_and_the_nearest(slot, name, meant):
+    """A misspelt name is answered with the slot, the name that was meant and the names there are."""
     with pytest.raises(
-        SpecError, match=r"attention\.full: no backend is called 'sdp'; known names: eager, sdpa"
-    ) as full:
-        backends.full("sdp")
-    assert full.value.fix == 'full="sdpa"'
-    assert full.value.got == "sdp"
-    assert "sdpa" in full.value.expected
-    with pytest.raises(SpecError, match=r"attention\.linear: no backend is called 'torsch'.*torch, ") as linear:
-        backends.linear("torsch")
-    assert linear.value.fix == 'linear="torch"'
+        SpecError, match=rf"attention\.{slot}: no backend is called '{name}'.*'{meant}'.*Known: "
+    ) as found:
+        getattr(backends, slot)(name)
+    assert found.value.got == name
+    assert meant in found.value.expected
 
 
 def test_a_name_like_no_other_gets_auto():
-    """A name that resembles none is answered with "auto"."""
-    with pytest.raises(SpecError, match='Fix: full="auto"'):
+    """A name that resembles none is answered with the known names and "auto"."""
+    with pytest.raises(SpecError, match=r"called 'zzz'\. Known: eager, sdpa") as found:
         backends.full("zzz")
+    assert 'full="auto"' in found.value.fix
 
 
 def test_constructing_backends_loads_no_torch():
