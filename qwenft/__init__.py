@@ -55,7 +55,7 @@ _HOMES = {
 }
 _MODULES = ("backends", "family", "testing")
 
-__all__ = [  # noqa: PLE0604 - the modules are names too
+__all__ = [
     "AdapterSpec",
     "AttentionBackend",
     "AttentionSpec",

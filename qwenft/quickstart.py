@@ -1,8 +1,8 @@
 """From nothing to a trained Qwen3.5 on a laptop: ``python -m qwenft.quickstart``.
 
 Real conversations between people (the package chitchat-dataset) become messages; a tokenizer and a tiny base are
-made; the base is trained in full on one half of them, then a LoRA on another slice. With ``--data`` and ``--model``
-the same is done with your own.
+made; the base is trained in full on one half of them, then a LoRA on another slice. With ``--data`` and
+``--model`` the same is done with your own.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def chitchat_messages() -> list[list[dict[str, str]]]:
         ) from None
     conversations = [_messages(value["messages"]) for value in Dataset().values()]
     conversations = [messages for messages in conversations if len(messages) > 1]
-    random.Random(0).shuffle(conversations)  # noqa: S311 - an order, not a secret
+    random.Random(0).shuffle(conversations)
     return conversations
 
 

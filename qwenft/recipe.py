@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 @spec
+@attrs.frozen
 class Recipe:
     """The six specs of a run.
 

@@ -79,7 +79,7 @@ def _slots(
 ) -> tuple[tuple[Slot, ...], list[Finding]]:
     """The backend of each attention slot; a name that is unknown is a finding, and "auto" stands in for it."""
     longest = recipe.data.max_length if recipe.data is not None else loaded.context
-    common = {"device": machine.device, "dtype": compute_dtype, "max_length": longest}
+    common: dict[str, Any] = {"device": machine.device, "dtype": compute_dtype, "max_length": longest}
     problems = {
         "full": AttentionProblem(
             query_heads=loaded.query_heads,
@@ -165,7 +165,8 @@ class TrainingPlan:
             DataError: a row is wrong, or no token is trained.
             PlanError: there are no data, or no tokenizer.
         """
-        return self._corpus.report
+        report: DataReport = self._corpus.report
+        return report
 
     @property
     def data_is_known(self) -> bool:

@@ -126,7 +126,7 @@ def _split(documents: list[Document], fraction: float, seed: int) -> tuple[list[
             row=None,
         )
     order = list(range(len(documents)))
-    random.Random(seed).shuffle(order)  # noqa: S311 - an order, not a secret
+    random.Random(seed).shuffle(order)
     count = min(max(1, round(fraction * len(documents))), len(documents) - 1)
     held = set(order[:count])
     return (

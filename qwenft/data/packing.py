@@ -34,7 +34,7 @@ def pack(lengths: Sequence[int], capacity: int, *, seed: int = 0) -> list[list[i
     if lengths and max(lengths) > capacity:
         msg = f"lengths: expected at most the capacity of {capacity} tokens, got {max(lengths)}"
         raise ValueError(msg)
-    shuffle = random.Random(seed)  # noqa: S311 - an order, not a secret
+    shuffle = random.Random(seed)
     order = list(range(len(lengths)))
     shuffle.shuffle(order)
     order.sort(key=lambda document: -lengths[document])

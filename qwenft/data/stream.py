@@ -99,7 +99,7 @@ class Stream:
         if self.packed:
             return pack(self.lengths, self.capacity, seed=seed)
         order = list(range(len(self.lengths)))
-        random.Random(seed).shuffle(order)  # noqa: S311 - an order, not a secret
+        random.Random(seed).shuffle(order)
         return [[document] for document in order]
 
     def steps(self, epoch: int = 0) -> list[list[list[int]]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch.nn import functional as F  # noqa: N812 - its usual name
+from torch.nn import functional as F
 from transformers.models.qwen3_5 import modeling_qwen3_5 as dense
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
 
@@ -75,7 +75,7 @@ class _BoundGatedDeltaNet:
         return mixed.view(rows, tokens, width)
 
     def _states(self: Any, cache: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The cached states [N, W - 1, C] and [N, V, D, E]; read before update_conv_state, which marks them old."""
+        """The cached states [N, W - 1, C] and [N, V, D, E]; update_conv_state marks them old, so read them first."""
         if cache is None:
             return None, None
         conv_BCW = cache.get_conv_state(self.layer_idx, state_idx=0)
@@ -94,7 +94,7 @@ class _BoundGatedDeltaNet:
         """The layer's output [T, H], the inputs of its convolution [T, C], and the state after each row."""
         tokens = x_TC.shape[0]
         inputs_TC = self.in_proj_qkv(x_TC)
-        convolved_TC = backend.short_conv(
+        convolved_TC: Any = backend.short_conv(
             inputs_TC,
             self.conv1d.weight[:, 0],
             self.conv1d.bias,
@@ -102,7 +102,14 @@ class _BoundGatedDeltaNet:
             activation=self.activation,
             initial_state=conv_state,
         )
-        query, key, value = convolved_TC.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
+        query, key, value = convolved_TC.split(
+            [  # type: ignore[union-attr]
+                self.key_dim,
+                self.key_dim,
+                self.value_dim,
+            ],
+            dim=-1,
+        )
         log_decay_TV = -self.A_log.float().exp() * F.softplus(self.in_proj_a(x_TC).float() + self.dt_bias)
         mixed_TVE, state = backend.delta_rule(
             query.view(tokens, -1, self.head_k_dim),
@@ -155,11 +162,9 @@ def bind(model: Any, *, full: AttentionBackend, linear: LinearAttentionBackend) 
     """
     for module in model.modules():
         for bound_classes, backend in ((_FULL, full), (_LINEAR, linear)):
-            bound = bound_classes.get(type(module)) or (
-                type(module) if type(module) in bound_classes.values() else None
-            )
-            if bound is not None:
-                module.__class__ = bound
+            # A model that is bound already is bound anew.
+            if type(module) in (*bound_classes, *bound_classes.values()):
+                module.__class__ = bound_classes.get(type(module), type(module))
                 module.qwenft_backend = backend
     return model
 

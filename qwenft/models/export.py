@@ -85,10 +85,8 @@ def _learned(model: Any, checkpoint: Architecture, loaded: Architecture) -> Iter
     inserted = loaded.is_text_only and not checkpoint.is_text_only
     adapted = set()
     for name, module in base.named_modules():
-        if isinstance(module, BaseTunerLayer) and getattr(module, "adapter_layer_names", ()):
+        if isinstance(module, BaseTunerLayer):
             parameter = getattr(module, "parameter_name", "weight")
-            if not hasattr(module, "merge"):
-                continue
             adapted.add(id(module))
             yield _published(_plain(name, parameter), inserted=inserted), _merged_reader(module, parameter)
     if adapted:

@@ -58,7 +58,7 @@ def load_model(folder: Path, loaded: Architecture, *, dtype: str, device: str = 
     # The list of float32 modules belongs to the class, so a subclass of this call alone carries ours.
     # It names transformers as its module, or the conversions of the family's weight names would not apply to it.
     attributes = {"_keep_in_fp32_modules_strict": list(FLOAT32_ISLANDS), "__module__": cls.__module__}
-    with_islands = type(cls.__name__, (cls,), attributes)
+    with_islands: Any = type(cls.__name__, (cls,), attributes)
     files = weight_files(folder)
     try:
         model, report = with_islands.from_pretrained(

@@ -22,7 +22,7 @@ _IN_VISION_LANGUAGE = "base_model.model.model.language_model."
 
 
 def lora_config(loaded: Architecture, adapter: AdapterSpec, source: str) -> peft.LoraConfig:
-    """peft's own configuration of an adapter.
+    """The configuration of an adapter, as peft's own class.
 
     Args:
         loaded: the architecture as it is loaded.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional as F  # noqa: N812 - its usual name
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from qwenft.data.masking import IGNORED
@@ -21,8 +21,8 @@ def supervised_loss(
 ) -> torch.Tensor:
     """The weighted sum of the negative log-likelihoods of the supervised tokens.
 
-    The same as ``(F.cross_entropy(head(hidden).float(), labels, reduction="none") * weights).sum()`` over positions
-    whose label is not -100, with logits for these alone, a chunk at a time.
+    The same as ``(F.cross_entropy(head(hidden).float(), labels, reduction="none") * weights).sum()`` over
+    positions whose label is not -100, with logits for these alone, a chunk at a time.
 
     Args:
         hidden: [T, H].
@@ -59,8 +59,8 @@ def _chunk_loss(hidden: torch.Tensor, head: Any, labels: torch.Tensor, weights: 
 class _ChunkedLoss(torch.autograd.Function):
     """Loss and gradient of each chunk together, so that no logits outlive it.
 
-    With logits z = h W^T and p = softmax(z): d loss / dz = weight (p - onehot(label)), from which the gradients of h
-    and W follow by the two products of a Linear's backward.
+    With logits z = h W^T and p = softmax(z): d loss / dz = weight (p - onehot(label)), from which the gradients
+    of h and W follow by the two products of a Linear's backward.
     """
 
     @staticmethod

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812 - its usual name
+from torch.nn import functional as F
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
 
 
@@ -49,7 +49,7 @@ def cast_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 class CastLinear(nn.Linear):
     """A Linear without bias whose weight is cast to its input's dtype."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name of nn.Linear
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name that torch gives it
         """[..., I] to [..., O]."""
         return cast_matmul(input, self.weight)
 
@@ -59,7 +59,7 @@ class CastEmbedding(nn.Embedding):
 
     compute_dtype: torch.dtype
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name of nn.Embedding
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name that torch gives it
         """[...] to [..., H]."""
         return super().forward(input).to(self.compute_dtype)
 

@@ -41,7 +41,7 @@ def choose(
         packed: documents share rows.
         compute_dtype: the dtype of the computation.
     """
-    passed_over = []
+    passed_over: list[str] = []
     for backend in candidates:
         reason = _hindrance(backend, problem, machine, packed=packed, compute_dtype=compute_dtype)
         if reason is None:

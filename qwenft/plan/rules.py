@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from qwenft.family.inventory import inventory
-from qwenft.family.roles import roles_of
-from qwenft.plan.coverage import coverage, matches, trained_roles, trained_weights
+from qwenft.family.roles import default_adapter_roles, roles_of
+from qwenft.plan.coverage import coverage, matches, trained_weights
 from qwenft.plan.findings import Finding, blocked, error, note
 
 if TYPE_CHECKING:
@@ -120,8 +120,9 @@ def roles_exist(draft: Draft) -> Iterator[Finding]:
             else:
                 yield error(
                     f"adapter.{method}",
-                    f'"{role}" does not exist in {draft.checkpoint.name} ({kind}). Roles here: {", ".join(present)}',
-                    f".on({', '.join(map(repr, trained_roles(draft.architecture, attrs.evolve(draft.adapter, roles=()))))})",
+                    f'"{role}" does not exist in {draft.checkpoint.name} ({kind}). '
+                    f"Roles here: {', '.join(present)}",
+                    f".on({', '.join(map(repr, default_adapter_roles(draft.architecture)))})",
                 )
 
 
@@ -169,12 +170,12 @@ def lora_limits(draft: Draft) -> Iterator[Finding]:
         return
     trained = trained_weights(draft.architecture, adapter)
     bare = sorted({entry.weight.role for entry in trained if entry.weight.lora_target == "parameter"})
-    for option, value in (("dropout", adapter.dropout), ("dora", adapter.dora)):
-        if value and bare:
+    for option, asked, without in (("dropout", adapter.dropout > 0, "0.0"), ("dora", adapter.dora, "False")):
+        if asked and bare:
             yield error(
                 f"adapter.{option}",
                 f"peft has no {option} on bare parameters, and {', '.join(bare)} holds such",
-                f"AdapterSpec.lora({option}={type(value)()})",
+                f"AdapterSpec.lora({option}={without})",
             )
     if draft.architecture.tied and any(entry.weight.role == "embeddings" for entry in trained):
         yield error(

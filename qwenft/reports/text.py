@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from qwenft.plan.records import StateBytes
     from qwenft.run import Run
     from qwenft.training_plan import TrainingPlan
 
@@ -61,22 +62,29 @@ def facts(plan: TrainingPlan) -> list[tuple[str, str]]:
     if draft.compute_dtype != precision:
         precision += f", computed in {draft.compute_dtype}"
     half = "with vision tower" if recipe.model.vision else "text half"
+    place = "of" if recipe.adapter.kind == "full" else "beside"
     held = sum(row.held for row in plan.coverage)
     method = "full fine-tuning" if recipe.adapter.kind == "full" else f"LoRA rank {recipe.adapter.rank}"
-    state = plan.state
     return [
         ("model", f"{draft.checkpoint.name} ({half}, {precision})"),
         ("machine", plan.machine.name),
-        ("trained", f"{method}: {plan.trained_parameters:,} parameters beside or among {held:,}"),
+        ("trained", f"{method}: {plan.trained_parameters:,} parameters {place} {held:,}"),
         ("attention", ", ".join(f"{slot.name} = {slot.backend.name}" for slot in draft.slots)),
         ("data", data_text(plan)),
-        (
-            "state",
-            f"{bytes_text(state.total)}: frozen weights {bytes_text(state.weights)}, trained "
-            f"{bytes_text(state.trained)}, gradients {bytes_text(state.gradients)}, optimizer "
-            f"{bytes_text(state.optimizer)}; activations come on top",
-        ),
+        ("state", state_text(plan.state)),
     ]
+
+
+def state_text(state: StateBytes) -> str:
+    """What a run holds from its first step to its last."""
+    parts = (
+        ("frozen weights", state.weights),
+        ("trained", state.trained),
+        ("gradients", state.gradients),
+        ("optimizer", state.optimizer),
+    )
+    listed = ", ".join(f"{name} {bytes_text(count)}" for name, count in parts)
+    return f"{bytes_text(state.total)}: {listed}; activations come on top"
 
 
 def data_text(plan: TrainingPlan) -> str:

@@ -35,6 +35,7 @@ def _are_names(value: Any) -> bool:
 
 
 @spec
+@attrs.frozen
 class AdapterSpec:
     """LoRA (arXiv:2106.09685) on roles of the model, or full fine-tuning.
 

@@ -18,6 +18,7 @@ def _slot(kind: type, example: str) -> Check:
 
 
 @spec
+@attrs.frozen
 class AttentionSpec:
     """A backend for each slot: its name, an object, or "auto", the best exact one of the machine.
 

@@ -7,26 +7,25 @@ import inspect
 import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import attrs
-
 from qwenft.errors import SpecError, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import attrs
+
 S = TypeVar("S", bound=type)
 
 
 def spec(cls: S) -> S:
-    """Make ``cls`` a frozen attrs value whose constructor and methods refuse misspelt arguments by name."""
-    frozen = attrs.frozen(cls)
-    for name, attribute in list(vars(frozen).items()):
+    """Make the constructor and the methods of a frozen attrs class refuse misspelt arguments by name."""
+    for name, attribute in list(vars(cls).items()):
         if isinstance(attribute, classmethod):
-            setattr(frozen, name, classmethod(_checked(attribute.__func__, f"{cls.__name__}.{name}")))
+            setattr(cls, name, classmethod(_checked(attribute.__func__, f"{cls.__name__}.{name}")))
         elif inspect.isfunction(attribute) and not name.startswith("_"):
-            setattr(frozen, name, _checked(attribute, f"{cls.__name__}.{name}"))
-    frozen.__init__ = _checked(frozen.__init__, cls.__name__)
-    return frozen
+            setattr(cls, name, _checked(attribute, f"{cls.__name__}.{name}"))
+    cls.__init__ = _checked(cls.__init__, cls.__name__)  # type: ignore[misc]
+    return cls
 
 
 def _checked(function: Callable[..., Any], label: str) -> Callable[..., Any]:

@@ -40,6 +40,7 @@ def _is_holdout(value: Any) -> bool:
 
 
 @spec
+@attrs.frozen
 class DataSpec:
     """Conversations from files or memory. Write it with :meth:`messages`.
 

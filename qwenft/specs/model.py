@@ -11,7 +11,12 @@ from qwenft.specs.base import flag, one_of, spec, text
 DTYPES = ("bfloat16", "float32")
 
 
+def _path(source: str | os.PathLike[str]) -> str:
+    return os.fspath(source)
+
+
 @spec
+@attrs.frozen
 class ModelSpec:
     """A checkpoint and how its frozen weights are held.
 
@@ -26,7 +31,7 @@ class ModelSpec:
         'float32'
     """
 
-    source: str = attrs.field(converter=os.fspath, validator=text('ModelSpec("Qwen/Qwen3.5-4B")'))
+    source: str = attrs.field(converter=_path, validator=text('ModelSpec("Qwen/Qwen3.5-4B")'))
     revision: str | None = attrs.field(
         default=None, kw_only=True, validator=text('ModelSpec(..., revision="main")', optional=True)
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import attrs
+
 from qwenft.specs.base import spec
 
 
 @spec
+@attrs.frozen
 class ParallelSpec:
     """One process on one device.
 

@@ -26,7 +26,7 @@ class Rows:
     def __init__(self, rows: Any) -> None:
         copied = isinstance(rows, list | tuple)
         self._lines: tuple[str, ...] | None = tuple(_lines(rows)) if copied else None
-        self._rows = None if copied else rows
+        self._rows: Any = None if copied else rows
         self._digest: str | None = None
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
@@ -35,7 +35,7 @@ class Rows:
         return iter(self._rows)
 
     def __len__(self) -> int:
-        return len(self._lines if self._lines is not None else self._rows)
+        return len(self._rows if self._lines is None else self._lines)
 
     def lines(self) -> Iterator[str]:
         """Each row as one line of JSON."""

@@ -12,6 +12,7 @@ OPTIMIZERS = ("adamw",)
 
 
 @spec
+@attrs.frozen
 class TrainingSpec:
     """The loop.
 

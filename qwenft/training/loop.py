@@ -24,7 +24,7 @@ def train(
     metrics: Path,
     *,
     state_bytes: int,
-    on_step: Callable[[dict[str, Any]], None] = lambda record: None,
+    on_step: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
     """Train to the end of the recipe, and write a line of metrics a step.
 

@@ -17,7 +17,8 @@ _SPARED = ("A_log", "dt_bias")
 
 def build_optimizer(named_parameters: Iterable[tuple[str, Any]], training: TrainingSpec) -> torch.optim.Optimizer:
     """AdamW over the parameters that are trained; weight decay on matrices alone."""
-    decayed, spared = [], []
+    decayed: list[torch.nn.Parameter] = []
+    spared: list[torch.nn.Parameter] = []
     for name, parameter in named_parameters:
         if parameter.requires_grad:
             bare = parameter.ndim < 2 or name.endswith(_SPARED)
