@@ -59,14 +59,19 @@ class _BoundGatedDeltaNet:
     ) -> torch.Tensor:
         rows, tokens, width = hidden_states.shape
         if layout is not None:
-            return self._mix(hidden_states[0], self.qwenft_backend, layout, None, None)[0][None]
+            return self._mix(hidden_states[0], self.qwenft_backend, layout)[0][None]
         if attention_mask is not None:
             hidden_states = (hidden_states * attention_mask[:, :, None]).to(hidden_states.dtype)
         conv_state, scan_state = self._states(cache_params)
         layout = SequenceLayout.from_lengths([tokens] * rows, device=hidden_states.device)
         # Decoding and padding are ours on every machine: a backend need not know of them.
         mixed, conv_inputs, scan_state = self._mix(
-            hidden_states.reshape(rows * tokens, width), TorchDeltaRule(), layout, conv_state, scan_state
+            hidden_states.reshape(rows * tokens, width),
+            TorchDeltaRule(),
+            layout,
+            conv_state=conv_state,
+            scan_state=scan_state,
+            return_state=cache_params is not None,
         )
         if cache_params is not None:
             inputs_BCT = conv_inputs.view(rows, tokens, -1).transpose(1, 2)
@@ -75,7 +80,7 @@ class _BoundGatedDeltaNet:
         return mixed.view(rows, tokens, width)
 
     def _states(self: Any, cache: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The cached states [N, W - 1, C] and [N, V, D, E]; update_conv_state marks them old, so read them first."""
+        """The cached states [N, W - 1, C] and [N, V, D, E]; to be read before update_conv_state marks them old."""
         if cache is None:
             return None, None
         conv_BCW = cache.get_conv_state(self.layer_idx, state_idx=0)
@@ -88,10 +93,12 @@ class _BoundGatedDeltaNet:
         x_TC: torch.Tensor,
         backend: LinearAttentionBackend,
         layout: SequenceLayout,
-        conv_state: torch.Tensor | None,
-        scan_state: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The layer's output [T, H], the inputs of its convolution [T, C], and the state after each row."""
+        *,
+        conv_state: torch.Tensor | None = None,
+        scan_state: torch.Tensor | None = None,
+        return_state: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The layer's output [T, H], the inputs of its convolution [T, C], and the state after each document."""
         tokens = x_TC.shape[0]
         inputs_TC = self.in_proj_qkv(x_TC)
         convolved_TC: Any = backend.short_conv(
@@ -111,7 +118,7 @@ class _BoundGatedDeltaNet:
             dim=-1,
         )
         log_decay_TV = -self.A_log.float().exp() * F.softplus(self.in_proj_a(x_TC).float() + self.dt_bias)
-        mixed_TVE, state = backend.delta_rule(
+        answer: Any = backend.delta_rule(
             query.view(tokens, -1, self.head_k_dim),
             key.view(tokens, -1, self.head_k_dim),
             value.view(tokens, -1, self.head_v_dim),
@@ -119,8 +126,9 @@ class _BoundGatedDeltaNet:
             self.in_proj_b(x_TC).sigmoid(),
             layout=layout,
             initial_state=scan_state,
-            return_state=True,
+            return_state=return_state,
         )
+        mixed_TVE, state = answer if return_state else (answer, None)
         gate_TVE = self.in_proj_z(x_TC).view(-1, self.head_v_dim)
         normed = self.norm(mixed_TVE.reshape(-1, self.head_v_dim), gate_TVE)
         return self.out_proj(normed.view(tokens, -1)), inputs_TC, state
@@ -170,7 +178,7 @@ def bind(model: Any, *, full: AttentionBackend, linear: LinearAttentionBackend) 
 
 
 def decoder_of(model: Any) -> Any:
-    """The text decoder (embeddings, layers, final norm) inside a model, a peft model or a vision-language model."""
+    """The text decoder (embeddings, layers, final norm) inside any model, be it of peft or vision-language."""
     causal = causal_of(model)
     return getattr(causal.model, "language_model", causal.model)
 

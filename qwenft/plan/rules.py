@@ -199,8 +199,8 @@ def packing_is_exact(draft: Draft) -> Iterator[Finding]:
         if draft.data is not None and draft.data.packed and not slot.backend.supports_packing:
             yield error(
                 "data.packing",
-                f"documents are packed, but attention.{slot.name} = {slot.backend!r} has supports_packing = False,\n"
-                "     so a token could attend to another document.",
+                f"documents are packed, but attention.{slot.name} = {slot.backend!r} has supports_packing = "
+                "False,\n     so a token could attend to another document.",
                 f'recipe.with_data(data.unpack()), or .with_attention({slot.name}="auto").',
             )
 

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from qwenft.models import loss as module
+from qwenft.models.loss import supervised_loss
+
+
+def _problem(tokens=40, width=16, vocabulary=50, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(tokens, width, generator=generator).to(dtype).requires_grad_()
+    head = torch.nn.Linear(width, vocabulary, bias=False, dtype=dtype)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(vocabulary, width, generator=generator))
+    labels = torch.randint(0, vocabulary, (tokens,), generator=generator)
+    labels[::3] = -100
+    weights = torch.rand(tokens, generator=generator)
+    return hidden, head, labels, weights
+
+
+def _reference(hidden, head, labels, weights):
+    each = F.cross_entropy(head(hidden).float(), labels, ignore_index=-100, reduction="none")
+    return (each * weights).sum()
+
+
+@pytest.mark.parametrize("chunk_bytes", [64 * 2**20, 7 * 50 * 4])
+@pytest.mark.parametrize("trains_head", [True, False])
+def test_loss_and_gradients_equal_full_cross_entropy(monkeypatch, chunk_bytes, trains_head):
+    """The chunked loss and its gradients are those of torch's cross entropy over all logits."""
+    monkeypatch.setattr(module, "_LOGIT_BYTES", chunk_bytes)
+    hidden, head, labels, weights = _problem()
+    head.weight.requires_grad_(trains_head)
+    got = supervised_loss(hidden, head, labels, weights)
+    wanted = _reference(hidden, head, labels, weights)
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
+    inputs = [hidden, head.weight] if trains_head else [hidden]
+    for mine, reference in zip(
+        torch.autograd.grad(2.5 * got, inputs), torch.autograd.grad(2.5 * wanted, inputs), strict=True
+    ):
+        torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_that_is_a_module_gives_the_same(monkeypatch):
+    """A head that is no plain Linear, such as one with an adapter, goes through its own forward."""
+    monkeypatch.setattr(module, "_LOGIT_BYTES", 7 * 50 * 4)
+    hidden, head, labels, weights = _problem()
+
+    class Adapted(torch.nn.Module):
+        out_features = 50
+
+        def __init__(self):
+            super().__init__()
+            self.base = head
+
+        def forward(self, x):
+            return self.base(x)
+
+    got = supervised_loss(hidden, Adapted(), labels, weights)
+    wanted = _reference(hidden, head, labels, weights)
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, hidden)[0], torch.autograd.grad(wanted, hidden)[0], rtol=1e-5, atol=1e-6
+    )
+
+
+def test_nothing_supervised_is_zero_with_a_zero_gradient():
+    """A batch without supervised tokens has loss 0 and gradient 0, not NaN."""
+    hidden, head, labels, _ = _problem()
+    labels[:] = -100
+    total = supervised_loss(hidden, head, labels)
+    total.backward()
+    assert total.item() == 0.0
+    assert hidden.grad.abs().max() == 0.0
+    assert head.weight.grad.abs().max() == 0.0
+
+
+def test_logits_are_made_for_supervised_tokens_alone(monkeypatch):
+    """No matrix product with the head has more rows than there are supervised tokens."""
+    hidden, head, labels, _ = _problem()
+    rows = []
+    original = torch.Tensor.logsumexp
+    monkeypatch.setattr(
+        torch.Tensor, "logsumexp", lambda self, *a, **k: (rows.append(self.shape[0]), original(self, *a, **k))[1]
+    )
+    supervised_loss(hidden, head, labels)
+    assert rows == [int((labels != -100).sum())]
