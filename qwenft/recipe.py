@@ -116,6 +116,7 @@ class Recipe:
             CheckpointError: the place cannot be written.
         """
         path = Path(path)
+        Codec(folder=None).dump(self)  # what cannot be saved is refused before anything is written
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             content = Codec(path.parent).dump(self)
@@ -142,7 +143,7 @@ class Recipe:
             return Codec(path.parent, allow_modules).load(value, cls)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}", path=path) from None
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise SpecError(f"{path}: is no JSON: {error}", fix="Recipe.load of a file by recipe.save") from None
 
     @property

@@ -26,8 +26,16 @@ def _known_roles(roles: tuple[str, ...], method: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(roles))
 
 
+def _are_roles(value: Any) -> bool:
+    return isinstance(value, tuple) and all(role in ROLES for role in value)
+
+
+def _is_ranked_role(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and value[0] in ROLES and type(value[1]) is int
+
+
 def _are_ranks(value: Any) -> bool:
-    return all(role in ROLES and isinstance(rank, int) and rank >= 1 for role, rank in value)
+    return isinstance(value, tuple) and all(_is_ranked_role(pair) and pair[1] >= 1 for pair in value)
 
 
 def _are_names(value: Any) -> bool:
@@ -69,8 +77,12 @@ class AdapterSpec:
     )
     rslora: bool = attrs.field(default=False, kw_only=True, validator=flag("AdapterSpec.lora(rslora=True)"))
     dora: bool = attrs.field(default=False, kw_only=True, validator=flag("AdapterSpec.lora(dora=True)"))
-    roles: tuple[str, ...] = attrs.field(default=(), kw_only=True)
-    frozen: tuple[str, ...] = attrs.field(default=(), kw_only=True)
+    roles: tuple[str, ...] = attrs.field(
+        default=(), kw_only=True, validator=Check(_are_roles, "roles of the family", '.on("mlp")')
+    )
+    frozen: tuple[str, ...] = attrs.field(
+        default=(), kw_only=True, validator=Check(_are_roles, "roles of the family", '.freeze("embeddings")')
+    )
     ranks: tuple[tuple[str, int], ...] = attrs.field(
         default=(),
         kw_only=True,

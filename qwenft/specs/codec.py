@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import importlib
 import json
+import operator
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import attrs
 import cattrs
 from cattrs.errors import BaseValidationError
 from cattrs.gen import make_dict_structure_fn
-from cattrs.strategies import configure_union_passthrough
 
 from qwenft.capabilities import AttentionBackend, Backend, LinearAttentionBackend
-from qwenft.errors import QwenftError, SpecError
+from qwenft.errors import CheckpointError, QwenftError, SpecError
 from qwenft.specs.data import DataSpec
 from qwenft.specs.rows import Rows
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 T = TypeVar("T")
@@ -35,14 +36,18 @@ class Codec:
         self.folder = folder
         self.allow_modules = ("qwenft", *allow_modules)
         self.converter = cattrs.Converter(forbid_extra_keys=True, prefer_attrib_converters=False)
-        configure_union_passthrough(str | int | float | bool | None, self.converter)
+        # Values are handed on as they are, for the specs to check: cattrs alone would turn "no" into True.
+        for primitive in (str, int, float, bool):
+            self.converter.register_structure_hook(primitive, lambda value, _: value)
+        self.converter.register_structure_hook(tuple[str, ...], lambda value, _: _tuples(value))
+        self.converter.register_structure_hook(tuple[tuple[str, int], ...], lambda value, _: _tuples(value))
+        self.converter.register_structure_hook_factory(attrs.has, self._spec_loader)
         self.converter.register_unstructure_hook(Backend, self._dump_backend)
         self.converter.register_unstructure_hook(Rows, self._dump_rows)
         self.converter.register_structure_hook(str | AttentionBackend, self._load_backend)
         self.converter.register_structure_hook(str | LinearAttentionBackend, self._load_backend)
         self.converter.register_structure_hook(tuple[str, ...] | Rows, self._load_source)
         self.converter.register_structure_hook(float | DataSpec | None, self._load_holdout)
-        self._load_data = make_dict_structure_fn(DataSpec, self.converter, _cattrs_forbid_extra_keys=True)
 
     def dump(self, value: Any) -> Any:
         """The JSON value of a spec; rows in memory are written beside it."""
@@ -53,6 +58,7 @@ class Codec:
 
         Raises:
             SpecError: a field is unknown, missing or ill-typed; the message names its path.
+            CheckpointError: the rows beside it are missing, or are not those that were saved.
         """
         try:
             return self.converter.structure(value, cls)
@@ -65,49 +71,117 @@ class Codec:
             raise SpecError(f"{cls.__name__}: {'; '.join(cattrs.transform_error(error))}") from None
 
     def _dump_backend(self, backend: Backend) -> dict[str, Any]:
-        cls = type(backend)
+        cls, fields = type(backend), backend.fields()
         if cls.__module__ == "__main__":
             raise SpecError(
                 f"{cls.__name__} is defined in __main__ and cannot be found again by a saved recipe",
                 fix="write its cell with %%writefile my_backend.py, then: from my_backend import " + cls.__name__,
                 got=backend,
             )
-        return {"class": f"{cls.__module__}:{cls.__qualname__}", "fields": backend.fields()}
+        if "<locals>" in cls.__qualname__:
+            raise SpecError(
+                f"{cls.__name__} is defined inside a function and cannot be found again by a saved recipe",
+                fix=f"define {cls.__name__} at the top of {cls.__module__}",
+                got=backend,
+            )
+        try:
+            plain = json.loads(json.dumps(fields)) == fields
+        except (TypeError, ValueError):
+            plain = False
+        if not plain:
+            raise SpecError(
+                f"{backend!r} has fields that JSON cannot hold",
+                fix="fields of strings, numbers, booleans and lists",
+                got=backend,
+            )
+        return {"class": f"{cls.__module__}:{cls.__qualname__}", "fields": fields}
 
     def _load_backend(self, value: Any, _: Any) -> Any:
-        if isinstance(value, str):
+        if not isinstance(value, dict):
             return value
-        module, _, name = value["class"].partition(":")
+        place, fields = value.get("class"), value.get("fields")
+        if set(value) != {"class", "fields"} or not isinstance(place, str) or not isinstance(fields, dict):
+            raise SpecError(
+                f'a backend: expected a name or {{"class": "module:Class", "fields": {{}}}}, got {value!r}',
+                got=value,
+            )
+        module, _, name = place.partition(":")
         if not any(module == allowed or module.startswith(f"{allowed}.") for allowed in self.allow_modules):
             raise SpecError(
                 f"the recipe names a backend of the module {module!r}, and loading it would run that module",
                 fix=f'Recipe.load(path, allow_modules=["{module}"])',
                 got=module,
             )
-        return getattr(importlib.import_module(module), name)(**value["fields"])
+        try:
+            cls = operator.attrgetter(name)(importlib.import_module(module))
+        except (ImportError, AttributeError) as error:
+            raise SpecError(f"the recipe names the backend {place}, which cannot be loaded: {error}") from None
+        if not (isinstance(cls, type) and issubclass(cls, Backend)):
+            raise SpecError(f"the recipe names {place} as a backend, and it is none", got=place)
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise SpecError(f"the recipe names the backend {place}, which cannot be made: {error}") from None
 
     def _dump_rows(self, rows: Rows) -> dict[str, str]:
-        name = f"data-{rows.digest[:16]}.jsonl"
+        name = _rows_name(rows)
         if self.folder is not None and not (self.folder / name).exists():
             write_atomically(self.folder / name, "".join(f"{line}\n" for line in rows.lines()))
         return {"rows": name}
 
     def _load_source(self, value: Any, _: Any) -> Any:
-        if isinstance(value, dict):
-            assert self.folder is not None
-            lines = (self.folder / value["rows"]).read_text(encoding="utf-8").splitlines()
-            return Rows([json.loads(line) for line in lines])
-        return tuple(value)
+        if not isinstance(value, dict):
+            return _tuples(value)
+        assert self.folder is not None
+        name = value.get("rows")
+        if set(value) != {"rows"} or not isinstance(name, str):
+            raise SpecError(f'DataSpec.source: expected paths or {{"rows": "data-....jsonl"}}, got {value!r}')
+        path = self.folder / name
+        try:
+            with path.open(encoding="utf-8") as lines:
+                rows = Rows([json.loads(line) for line in lines])
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}", path=path) from None
+        except ValueError:
+            rows = None
+        if rows is None or name != _rows_name(rows):
+            raise CheckpointError(
+                f"{path} holds other rows than were saved", fix="DataSpec.messages(path) to use them", path=path
+            )
+        return rows
 
     def _load_holdout(self, value: Any, _: Any) -> Any:
-        return self._load_data(value, DataSpec) if isinstance(value, dict) else value
+        return self.converter.structure(value, DataSpec) if isinstance(value, dict) else value
+
+    def _spec_loader(self, cls: type[T]) -> Callable[[Any, Any], T]:
+        """The hook of a spec, which names what is no object."""
+        load = make_dict_structure_fn(cls, self.converter, _cattrs_forbid_extra_keys=True)
+
+        def structure(value: Any, _: Any) -> T:
+            if not isinstance(value, dict):
+                raise SpecError(f"{cls.__name__}: expected a JSON object, got {value!r}", got=value)
+            return load(value, cls)
+
+        return structure
 
 
 def write_atomically(path: Path, content: str) -> None:
     """Write a text file beside its place and rename it, so that no half of it is ever seen."""
     beside = path.with_name(f".{path.name}.writing")
-    beside.write_text(content, encoding="utf-8")
-    beside.replace(path)
+    try:
+        beside.write_text(content, encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _rows_name(rows: Rows) -> str:
+    return f"data-{rows.digest[:16]}.jsonl"
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as tuples, all the way down."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def _leaves(error: BaseException) -> list[BaseException]:

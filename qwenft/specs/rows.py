@@ -76,10 +76,12 @@ def _lines(rows: Sequence[Any]) -> Iterator[str]:
                 row=number,
             )
         try:
-            yield json.dumps(dict(row), ensure_ascii=False, sort_keys=True)
+            line = json.dumps(dict(row), ensure_ascii=False)  # in the row's own order, which templates show
+            line.encode()
         except (TypeError, ValueError) as error:
             raise SpecError(
                 f"DataSpec: row {number} holds what JSON cannot: {error}",
                 fix="rows of strings, numbers, lists and mappings",
                 row=number,
             ) from None
+        yield line

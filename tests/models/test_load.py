@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import qwenft as qf
+from qwenft.models.checkpoint import architecture_of
+from qwenft.models.load import load_model, load_tokenizer
+
+
+def test_text_half_never_allocates_the_tower(dense_checkpoint):
+    """Without vision the model has no tower at all."""
+    model = load_model(dense_checkpoint, architecture_of(qf.ModelSpec(dense_checkpoint)).text_only(), dtype="float32")
+    assert not [name for name, _ in model.named_parameters() if "visual" in name]
+    assert not [name for name, _ in model.named_parameters() if "mtp" in name]
+
+
+def test_text_only_checkpoints_load_too(dense_checkpoint, tmp_path):
+    """A checkpoint of the text half alone, as transformers saves it, is read, trained and named as itself."""
+    text = architecture_of(qf.ModelSpec(dense_checkpoint)).text_only()
+    model = load_model(dense_checkpoint, text, dtype="float32")
+    model.save_pretrained(tmp_path / "text")
+    load_tokenizer(dense_checkpoint).save_pretrained(tmp_path / "text")
+    again = architecture_of(qf.ModelSpec(tmp_path / "text"))
+    assert again.model_type == "qwen3_5_text"
+    reloaded = load_model(tmp_path / "text", again, dtype="float32")
+    for (name, wanted), got in zip(model.named_parameters(), reloaded.parameters(), strict=True):
+        assert torch.equal(wanted, got), name
+
+
+def test_missing_weights_are_an_error(dense_checkpoint, tmp_path):
+    """A checkpoint that lacks a tensor is refused by its name, and never filled with random values."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(dense_checkpoint, tmp_path / "copy")
+    file = tmp_path / "copy" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.language_model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(qf.CheckpointError, match=r"1 weights.*layers\.1\.mlp\.up_proj\.weight"):
+        load_model(tmp_path / "copy", architecture_of(qf.ModelSpec(tmp_path / "copy")).text_only(), dtype="float32")
+
+
+def test_a_damaged_file_is_an_error(dense_checkpoint, tmp_path):
+    """A truncated weight file is named."""
+    shutil.copytree(dense_checkpoint, tmp_path / "copy")
+    file = tmp_path / "copy" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(qf.CheckpointError, match="damaged"):
+        load_model(tmp_path / "copy", architecture_of(qf.ModelSpec(tmp_path / "copy")).text_only(), dtype="float32")
+
+
+def test_the_tokenizer_keeps_ignore_merges(dense_checkpoint):
+    """The flag that tokenizer.json sets is set in the loaded tokenizer."""
+    saved = json.loads((dense_checkpoint / "tokenizer.json").read_text())
+    assert saved["model"]["ignore_merges"] is True
+    assert load_tokenizer(dense_checkpoint).backend_tokenizer.model.ignore_merges is True

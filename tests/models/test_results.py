@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import qwenft as qf
+from qwenft.models.checkpoint import weight_files
+
+from .helpers import relative
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+CHATS = [
+    {"messages": [{"role": "user", "content": f"Say {word}"}, {"role": "assistant", "content": f"{word}!"}]}
+    for word in ("one", "two", "three", "four", "five", "six")
+]
+ADAPTERS = {
+    "lora": ("dense", qf.AdapterSpec.lora(rank=4)),
+    "ranks": ("dense", qf.AdapterSpec.lora(rank=4, rslora=True).with_rank(mlp=2)),
+    "dora": ("dense", qf.AdapterSpec.lora(rank=4, dora=True)),
+    "full": ("dense", qf.AdapterSpec.full()),
+    "experts": (
+        "moe",
+        qf.AdapterSpec.lora(rank=4).on("full_attention", "shared_expert", "routed_experts", "router", "lm_head"),
+    ),
+    "full-experts": ("moe", qf.AdapterSpec.full().freeze("embeddings")),
+}
+
+
+@pytest.fixture(scope="module", params=list(ADAPTERS))
+def run(request, dense_checkpoint, moe_checkpoint, tmp_path_factory):
+    """A short run of each kind, in float32."""
+    kind, adapter = ADAPTERS[request.param]
+    recipe = qf.Recipe(
+        qf.ModelSpec({"dense": dense_checkpoint, "moe": moe_checkpoint}[kind], dtype="float32"),
+        qf.DataSpec.messages(CHATS).with_max_length(64).pack(),
+        adapter,
+        training=qf.TrainingSpec(learning_rate=1e-2, epochs=3, warmup_ratio=0.0),
+    )
+    return recipe.compile().train(tmp_path_factory.mktemp(request.param) / "run", progress=False)
+
+
+def _logits(run, model):
+    """The run's logits on a batch, and another model's, document by document."""
+    batch = next(run.prepared.batches())[0]
+    run.prepared.model.eval()
+    with torch.no_grad():
+        mine = run.prepared.logits(batch)
+        theirs = torch.cat([model(input_ids=ids[None]).logits[0] for ids in batch.input_ids.split(batch.layout.lengths)])
+    return mine, theirs
+
+
+@pytest.fixture
+def without_fla(monkeypatch):
+    """Stock transformers on its own torch code: with FLA importable and no GPU its forward fails."""
+    for name in ("qwen3_5", "qwen3_5_moe"):
+        module = sys.modules[f"transformers.models.{name}.modeling_{name}"]
+        for function in ("torch_chunk_gated_delta_rule", "causal_conv1d_fn"):
+            current = getattr(module, function)
+            monkeypatch.setattr(module, function, getattr(current, "__wrapped__", current))
+
+
+@pytest.mark.usefixtures("without_fla")
+def test_adapter_in_stock_peft_gives_the_runs_logits(run):
+    """The saved adapter, put by stock peft on the stock vision-language class, gives the run's logits."""
+    if run.adapter_path is None:
+        assert run.plan.recipe.adapter.kind == "full"
+        return
+    base = transformers.AutoModelForImageTextToText.from_pretrained(run.plan.recipe.model.source)
+    mine, theirs = _logits(run, peft.PeftModel.from_pretrained(base, run.adapter_path).eval())
+    assert relative(mine, theirs) < 1e-5
+
+
+@pytest.mark.usefixtures("without_fla")
+def test_merged_export_gives_the_runs_logits(run, tmp_path):
+    """The exported checkpoint, in stock transformers, gives the run's logits."""
+    path = run.export(tmp_path / "merged")
+    mine, theirs = _logits(run, transformers.AutoModelForCausalLM.from_pretrained(path).eval())
+    assert relative(mine, theirs) < 1e-5
+
+
+def test_export_leaves_the_run_as_it_was_and_loses_nothing(run, tmp_path):
+    """Exporting changes no weight of the model; tensors that were not trained are the source's, to the bit."""
+    before = {name: p.detach().clone() for name, p in run.prepared.model.named_parameters()}
+    path = run.export(tmp_path / "merged")
+    assert all(torch.equal(before[name], p) for name, p in run.prepared.model.named_parameters())
+    source = {}
+    exported = {}
+    for folder, tensors in ((path, exported), (run.prepared.tokenizer.name_or_path, source)):
+        for file in weight_files(type(path)(folder)):
+            tensors.update(load_file(file))
+    assert source.keys() == exported.keys()
+    untouched = [name for name in source if name.startswith(("mtp.", "model.visual."))]
+    assert untouched
+    assert all(torch.equal(source[name], exported[name]) for name in untouched)
+    assert any(not torch.equal(source[name], exported[name]) for name in source)
+    assert all(source[name].dtype == exported[name].dtype for name in source)
+
+
+def test_adapter_names_are_those_of_the_vision_language_class(run):
+    """Tensors are saved under the names by which the published class is served."""
+    if run.adapter_path is None:
+        assert (run.folder / "model" / "config.json").exists()
+        return
+    with safe_open(run.adapter_path / "adapter_model.safetensors", framework="pt") as tensors:
+        names = list(tensors.keys())
+    prefixes = ("base_model.model.model.language_model.layers.", "base_model.model.lm_head.")
+    assert names
+    assert all(name.startswith(prefixes) for name in names)
+    config = json.loads((run.adapter_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == run.plan.recipe.model.source
+    assert config["inference_mode"] is True
+
+
+def test_trained_parameters_are_those_of_the_plan(run):
+    """As many parameters are trained as the plan says, all in float32."""
+    trained = [p for p in run.prepared.model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == run.plan.trained_parameters
+    assert {p.dtype for p in trained} == {torch.float32}
+
+
+def test_exports_are_never_written_over_something(run, tmp_path):
+    """A folder that holds something is refused and stays as it is."""
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "note").write_text("mine")
+    with pytest.raises(qf.CheckpointError, match="exists already"):
+        run.export(tmp_path / "taken")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+    assert (tmp_path / "taken" / "note").read_text() == "mine"
+
+
+def test_a_failed_export_leaves_nothing(run, tmp_path, monkeypatch):
+    """When the disk is full halfway, no half of a checkpoint stays."""
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qwenft.models.export.save_file", full)
+    with pytest.raises(qf.CheckpointError, match="No space left"):
+        run.export(tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import json
+import math
+
+import attrs
+import pytest
+import torch
+
+import qwenft as qf
+from qwenft.data.stream import Batch
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def chats(count=20):
+    """Questions with an answer each."""
+    pairs = [(f"What follows {a} and {b}?", f"{b} {a} {b}.") for a in NUMBERS for b in NUMBERS if a != b]
+    return [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in pairs[:: len(pairs) // count][:count]
+    ]
+
+
+def recipe(checkpoint, **training):
+    """A small recipe in float32."""
+    return qf.Recipe(
+        qf.ModelSpec(checkpoint, dtype="float32"),
+        qf.DataSpec.messages(chats()).with_max_length(128).pack(),
+        qf.AdapterSpec.full(),
+        training=qf.TrainingSpec(**{"learning_rate": 1e-3, **training}),
+    )
+
+
+def test_gradients_do_not_depend_on_the_micro_batches(checkpoint):
+    """However documents are split over micro-batches, a step has the same loss and gradients."""
+    prepared = recipe(checkpoint).compile().prepare()
+    documents = prepared.corpus.train.documents[:9]
+    splits = ([documents], [[d] for d in documents], [documents[:2], documents[2:3], documents[3:]])
+    found = []
+    for split in splits:
+        batches = [Batch.from_documents(part) for part in split]
+        tokens = sum(batch.tokens for batch in batches)
+        loss = 0.0
+        for batch in batches:
+            part = prepared.loss(batch).total / tokens
+            part.backward()
+            loss += part.item()
+        found.append((loss, {n: p.grad.clone() for n, p in prepared.model.named_parameters()}))
+        prepared.optimizer.zero_grad()
+    for loss, gradients in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        for name, wanted in found[0][1].items():
+            deviation = (gradients[name] - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12)
+            assert deviation < 1e-5, name
+
+
+def test_weights_reach_the_loss(dense_checkpoint):
+    """The weight of a position scales its part of the loss, and the tokens that the mean divides by."""
+    prepared = recipe(dense_checkpoint).compile().prepare()
+    batch = next(prepared.batches())[0]
+    halved = attrs.evolve(batch, weights=torch.full(batch.labels.shape, 0.5))
+    whole, half = prepared.loss(batch), prepared.loss(halved)
+    assert half.total.item() == pytest.approx(whole.total.item() / 2, rel=1e-6)
+    assert half.tokens == whole.tokens / 2
+
+
+def test_a_loop_of_ones_own_gives_what_train_gives(dense_checkpoint, tmp_path):
+    """A script that calls batches and step itself ends with the weights of train(), to the bit."""
+    plan = recipe(dense_checkpoint, epochs=2).compile()
+    run = plan.train(tmp_path / "run", progress=False)
+    prepared = plan.prepare()
+    losses = [prepared.step(batches).loss for epoch in range(2) for batches in prepared.batches(epoch)]
+    assert losses == [record["loss"] for record in run.history if "loss" in record]
+    for wanted, got in zip(run.prepared.model.parameters(), prepared.model.parameters(), strict=True):
+        assert torch.equal(wanted, got)
+
+
+def test_clipping_limits_the_update(dense_checkpoint):
+    """The reported norm is that before clipping, and the gradients that are used have the limit's."""
+    prepared = recipe(dense_checkpoint, max_grad_norm=1e-3).compile().prepare()
+    seen = []
+    prepared.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: seen.append(
+            math.sqrt(sum(p.grad.square().sum().item() for g in optimizer.param_groups for p in g["params"]))
+        )
+    )
+    result = prepared.step(next(prepared.batches()))
+    assert result.grad_norm > 1e-2
+    assert seen[0] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_learning_rate_warms_up_and_falls(dense_checkpoint, tmp_path):
+    """Metrics hold the learning rate of each step: up to the peak, then down by the cosine."""
+    plan = recipe(dense_checkpoint, max_steps=20, warmup_ratio=0.2).compile()
+    run = plan.train(tmp_path / "run", progress=False)
+    rates = [record["learning_rate"] for record in run.history if "loss" in record]
+    assert len(rates) == 20
+    assert rates[:4] == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4])
+    assert max(rates) == pytest.approx(1e-3)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] < 1e-4
+
+
+def test_metrics_hold_a_line_a_step_and_the_held_out_losses(dense_checkpoint, tmp_path):
+    """metrics.jsonl is the history; held-out data are evaluated before, at intervals, and after."""
+    data = qf.DataSpec.messages(chats()).with_max_length(128).pack().hold_out(0.2)
+    plan = recipe(dense_checkpoint, max_steps=5, evaluate_every=2).with_data(data).compile()
+    run = plan.train(tmp_path / "run", progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == run.history
+    assert [step for step, _ in run.held_out_losses] == [0, 2, 4, 5]
+    last = lines[-1]
+    assert {"step", "loss", "learning_rate", "grad_norm", "tokens", "ranks", "state_bytes"} <= last.keys()
+    assert last["held_out_loss"] == pytest.approx(run.evaluate()["loss"])
+    assert run.evaluate()["perplexity"] == pytest.approx(math.exp(last["held_out_loss"]))
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"recipe.json", "plan.json", "environment.json", "metrics.jsonl", "model"} <= names
+    assert qf.Recipe.load(tmp_path / "run" / "recipe.json") == plan.recipe
+
+
+def test_full_fine_tuning_overfits_and_answers(dense_checkpoint, tmp_path):
+    """A tiny model learns 20 chats to a loss below 0.1 and then writes their answers."""
+    plan = recipe(dense_checkpoint, epochs=60, learning_rate=4e-3, activation_checkpointing=False).compile()
+    run = plan.train(tmp_path / "run", progress=False)
+    assert run.history[-1]["loss"] < 0.1
+    for chat in chats()[:5]:
+        question, answer = (message["content"] for message in chat["messages"])
+        assert run.generate(question, max_new_tokens=20) == answer
+
+
+def test_bfloat16_base_trains_a_float32_adapter(dense_checkpoint, tmp_path):
+    """With weights stored in bfloat16 a LoRA learns."""
+    plan = recipe(dense_checkpoint, epochs=8, learning_rate=1e-2).with_model(dtype="bfloat16")
+    run = plan.with_adapter(qf.AdapterSpec.lora(rank=8)).compile().train(tmp_path / "run", progress=False)
+    steps = [record["loss"] for record in run.history]
+    assert steps[-1] < 0.7 * steps[0]
+
+
+def test_a_run_folder_that_holds_something_is_refused(dense_checkpoint, tmp_path):
+    """Nothing is overwritten, and no weight is read first."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").write_text("mine")
+    with pytest.raises(qf.CheckpointError, match="exists already"):
+        recipe(dense_checkpoint).compile().train(tmp_path / "run", progress=False)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine"]
+
+
+def test_an_unwritable_run_folder_is_refused(dense_checkpoint, tmp_path):
+    """A run folder below a file cannot be made, and is an error of the root family."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(qf.CheckpointError, match="cannot be written"):
+        recipe(dense_checkpoint).compile().train(tmp_path / "file" / "run", progress=False)
+
+
+def test_wrong_data_stops_before_any_weight_is_read(dense_checkpoint, tmp_path, monkeypatch):
+    """A row that is wrong far down a file stops the run by name, and leaves no folder."""
+    rows = [*chats(20), {"messages": [{"role": "narrator", "content": "x"}]}]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    monkeypatch.setattr("qwenft.training.prepare.load_model", lambda *_, **__: pytest.fail("weights were read"))
+    plan = recipe(dense_checkpoint).with_data(qf.DataSpec.messages(tmp_path / "chats.jsonl")).compile()
+    with pytest.raises(qf.DataError, match="row 21: .*narrator"):
+        plan.train(tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
