@@ -73,7 +73,7 @@ class Machine:
         Raises:
             SpecError: no such name is known.
         """
-        count, card = re.fullmatch(r"(?:(\d+)x)?(.+)", name, flags=re.DOTALL).groups()  # type: ignore[union-attr]
+        count, card = re.fullmatch(r"(?:([1-9]\d*)x)?(.*)", str(name), flags=re.DOTALL).groups()  # type: ignore[union-attr]
         found = {known.lower(): known for known in CARDS}.get(card.lower())
         if found is None:
             raise SpecError(

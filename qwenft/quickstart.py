@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from qwenft.errors import DataError
 from qwenft.testing.checkpoint import TinySizes, tiny_checkpoint
 
 MAX_LENGTH = 256
-ROW_TOKENS = 2048
+ROW_TOKENS = 1024
 QUESTIONS = ("Hi, how are you?", "What did you do today?", "Do you like music?")
 _SIZES = TinySizes(hidden=128, ffn=320, linear_head_dim=32, initializer_range=0.02)
 
@@ -29,13 +30,13 @@ def chitchat_messages() -> list[list[dict[str, str]]]:
     Consecutive texts of one person are joined to one turn; who speaks first is the user.
     """
     try:
-        from chitchat_dataset import Dataset
-    except ImportError:
+        rows = json.loads(files("chitchat_dataset").joinpath("dataset.json").read_text(encoding="utf-8"))
+    except ModuleNotFoundError:
         raise DataError(
             "the conversations of the quickstart are in the package chitchat-dataset, which is not installed",
             fix='pip install "qwenft[examples]", or --data your.jsonl',
         ) from None
-    conversations = [_messages(value["messages"]) for value in Dataset().values()]
+    conversations = [_messages(value["messages"]) for value in rows.values()]
     conversations = [messages for messages in conversations if len(messages) > 1]
     random.Random(0).shuffle(conversations)
     return conversations
@@ -65,6 +66,11 @@ def pieces(messages: list[dict[str, str]], characters: int = 500) -> list[list[d
             found.append([])
         found[-1] += [user, assistant]
     return [piece for piece in found if piece]
+
+
+def is_brief(messages: list[dict[str, str]], characters: int = 40) -> bool:
+    """Whether every answer takes a few words only: a manner that an adapter can learn."""
+    return all(len(m["content"]) <= characters for m in messages if m["role"] == "assistant")
 
 
 def write_rows(path: Path, conversations: list[list[dict[str, str]]]) -> Path:
@@ -116,7 +122,7 @@ def make_base(folder: Path, conversations: list[list[dict[str, str]]], steps: in
         training=qf.TrainingSpec(
             max_steps=steps,
             tokens_per_step=ROW_TOKENS,
-            learning_rate=6e-3,
+            learning_rate=1e-2,
             weight_decay=0.01,
             activation_checkpointing=False,
         ),
@@ -131,9 +137,8 @@ def main(arguments: list[str] | None = None) -> None:
     folder = free_folder(Path(options.run_dir))
     if options.data is None:
         conversations = [piece for messages in chitchat_messages() for piece in pieces(messages)]
-        adapter_rows = write_rows(
-            folder / "data" / "adapter.jsonl", conversations[len(conversations) // 2 :][:3000]
-        )
+        brief = [messages for messages in conversations[len(conversations) // 2 :] if is_brief(messages)]
+        adapter_rows = write_rows(folder / "data" / "adapter.jsonl", brief)
     else:
         adapter_rows = Path(options.data)
         conversations = []
@@ -144,9 +149,13 @@ def main(arguments: list[str] | None = None) -> None:
         qf.ModelSpec(model, dtype="float32" if options.model is None else "bfloat16"),
         data_spec(adapter_rows, 0.05),
         qf.AdapterSpec.lora(rank=16, alpha=32),
-        training=qf.TrainingSpec(max_steps=options.steps, learning_rate=2e-3 if options.model is None else 2e-4),
+        training=qf.TrainingSpec(max_steps=options.steps, learning_rate=5e-3 if options.model is None else 2e-4),
     )
-    run = train("A LoRA on other conversations", recipe, folder / "adapter-run")
+    run = train(
+        "A LoRA on other conversations" if options.data else "A LoRA on conversations with brief answers",
+        recipe,
+        folder / "adapter-run",
+    )
     print("\nSample answers")
     for question in QUESTIONS:
         print(f"  user      {question}")
@@ -166,8 +175,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", help="a JSONL file of conversations instead of chitchat-dataset")
     parser.add_argument("--model", help="a checkpoint folder or hub id instead of the tiny base")
     parser.add_argument("--run-dir", default="runs/quickstart", help="where everything is left")
-    parser.add_argument("--base-steps", type=int, default=300, help="steps that the tiny base is trained")
-    parser.add_argument("--steps", type=int, default=60, help="steps that the adapter is trained")
+    parser.add_argument("--base-steps", type=int, default=600, help="steps that the tiny base is trained")
+    parser.add_argument("--steps", type=int, default=100, help="steps that the adapter is trained")
     return parser.parse_args(arguments)
 
 

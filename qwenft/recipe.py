@@ -140,11 +140,11 @@ class Recipe:
         path = Path(path)
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
-            return Codec(path.parent, allow_modules).load(value, cls)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}", path=path) from None
         except ValueError as error:
             raise SpecError(f"{path}: is no JSON: {error}", fix="Recipe.load of a file by recipe.save") from None
+        return Codec(path.parent, allow_modules).load(value, cls)
 
     @property
     def fingerprint(self) -> str:

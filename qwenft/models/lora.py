@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -58,7 +59,9 @@ def add_lora(model: Any, config: peft.LoraConfig, *, seed: int) -> Any:
         config: where, and of what rank.
         seed: of the initial values.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # peft 0.21 asks transformers 5.23 by the older of two names.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         torch.manual_seed(seed)
         return peft.get_peft_model(model, config)
 

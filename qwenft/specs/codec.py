@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import operator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_origin
 
 import attrs
 import cattrs
@@ -39,8 +39,7 @@ class Codec:
         # Values are handed on as they are, for the specs to check: cattrs alone would turn "no" into True.
         for primitive in (str, int, float, bool):
             self.converter.register_structure_hook(primitive, lambda value, _: value)
-        self.converter.register_structure_hook(tuple[str, ...], lambda value, _: _tuples(value))
-        self.converter.register_structure_hook(tuple[tuple[str, int], ...], lambda value, _: _tuples(value))
+        self.converter.register_structure_hook_func(lambda kind: get_origin(kind) is tuple, _load_tuple)
         self.converter.register_structure_hook_factory(attrs.has, self._spec_loader)
         self.converter.register_unstructure_hook(Backend, self._dump_backend)
         self.converter.register_unstructure_hook(Rows, self._dump_rows)
@@ -132,10 +131,10 @@ class Codec:
     def _load_source(self, value: Any, _: Any) -> Any:
         if not isinstance(value, dict):
             return _tuples(value)
-        assert self.folder is not None
         name = value.get("rows")
         if set(value) != {"rows"} or not isinstance(name, str):
             raise SpecError(f'DataSpec.source: expected paths or {{"rows": "data-....jsonl"}}, got {value!r}')
+        assert self.folder is not None
         path = self.folder / name
         try:
             with path.open(encoding="utf-8") as lines:
@@ -177,6 +176,10 @@ def write_atomically(path: Path, content: str) -> None:
 
 def _rows_name(rows: Rows) -> str:
     return f"data-{rows.digest[:16]}.jsonl"
+
+
+def _load_tuple(value: Any, _: Any) -> Any:
+    return _tuples(value)
 
 
 def _tuples(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import attrs
 
@@ -11,8 +12,9 @@ from qwenft.specs.base import flag, one_of, spec, text
 DTYPES = ("bfloat16", "float32")
 
 
-def _path(source: str | os.PathLike[str]) -> str:
-    return os.fspath(source)
+def _path(source: Any) -> Any:
+    """A path as its string; what is neither is left for the validator."""
+    return os.fspath(source) if isinstance(source, os.PathLike) else source
 
 
 @spec

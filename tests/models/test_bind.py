@@ -20,7 +20,8 @@ def stock(dense_checkpoint, moe_checkpoint):
     docs = documents()
     labels = [next_token_labels(document) for document in docs]
     return {
-        path: stock_logits(path, docs, labels=labels, gradients=True) for path in (dense_checkpoint, moe_checkpoint)
+        path: stock_logits(path, docs, labels=labels, gradients=True)
+        for path in (dense_checkpoint, moe_checkpoint)
     }
 
 

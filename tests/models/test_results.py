@@ -15,8 +15,6 @@ from qwenft.models.checkpoint import weight_files
 
 from .helpers import relative
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-
 CHATS = [
     {"messages": [{"role": "user", "content": f"Say {word}"}, {"role": "assistant", "content": f"{word}!"}]}
     for word in ("one", "two", "three", "four", "five", "six")
@@ -53,7 +51,9 @@ def _logits(run, model):
     run.prepared.model.eval()
     with torch.no_grad():
         mine = run.prepared.logits(batch)
-        theirs = torch.cat([model(input_ids=ids[None]).logits[0] for ids in batch.input_ids.split(batch.layout.lengths)])
+        theirs = torch.cat(
+            [model(input_ids=ids[None]).logits[0] for ids in batch.input_ids.split(batch.layout.lengths)]
+        )
     return mine, theirs
 
 

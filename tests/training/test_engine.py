@@ -10,8 +10,6 @@ import torch
 import qwenft as qf
 from qwenft.data.stream import Batch
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
