@@ -157,10 +157,11 @@ def main(arguments: list[str] | None = None) -> None:
         folder / "adapter-run",
     )
     print("\nSample answers")
+    sampling = {"max_new_tokens": 40, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
     for question in QUESTIONS:
         print(f"  user      {question}")
-        print(f"  base      {run.generate(question, max_new_tokens=40, base=True)}")
-        print(f"  adapter   {run.generate(question, max_new_tokens=40)}")
+        print(f"  base      {run.generate(question, base=True, **sampling)}")
+        print(f"  adapter   {run.generate(question, **sampling)}")
     print(f"\nEverything lies in {folder}; the adapter, for stock peft, in {run.adapter_path}")
 
 
@@ -175,7 +176,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", help="a JSONL file of conversations instead of chitchat-dataset")
     parser.add_argument("--model", help="a checkpoint folder or hub id instead of the tiny base")
     parser.add_argument("--run-dir", default="runs/quickstart", help="where everything is left")
-    parser.add_argument("--base-steps", type=int, default=600, help="steps that the tiny base is trained")
+    parser.add_argument("--base-steps", type=int, default=1200, help="steps that the tiny base is trained")
     parser.add_argument("--steps", type=int, default=100, help="steps that the adapter is trained")
     return parser.parse_args(arguments)
 

@@ -106,7 +106,8 @@ def _slots(
                 named = getattr(backends, name)(asked) if isinstance(asked, str) else asked
                 choice = Choice(named, ())
             except SpecError as unknown:
-                findings.append(error(f"attention.{name}", unknown.problem, unknown.fix))
+                place = f"attention.{name}"
+                findings.append(error(place, unknown.problem.removeprefix(f"{place}: "), unknown.fix))
         slots.append(Slot(name, choice, automatic=asked == "auto", problem=problem))
     return tuple(slots), findings
 

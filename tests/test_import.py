@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -71,7 +72,7 @@ def measure(code, folder):
     finished = subprocess.run(
         [sys.executable, "-c", MEASURED.format(code=code)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(qwenft.__file__))},
+        env={**os.environ, "PYTHONPATH": str(Path(qwenft.__file__).parents[1])},
         capture_output=True,
         text=True,
         check=False,

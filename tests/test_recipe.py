@@ -1,5 +1,4 @@
 import json
-import os
 
 import attrs
 import datasets
@@ -187,7 +186,7 @@ def test_a_file_that_cannot_be_read_or_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"recipe\.json: cannot be written: "):
         PLAIN.save(tmp_path / "file" / "recipe.json")
-    assert os.listdir(tmp_path) == ["file"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 def test_a_recipe_that_cannot_be_saved_leaves_nothing_behind(tmp_path):

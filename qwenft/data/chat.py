@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -108,8 +109,10 @@ class ChatEncoder:
         """A turn that spells a turn mark would open or close turns of its own, and be trained as such."""
         for message in messages:
             for mark in ("<|im_start|>", "<|im_end|>"):
-                if mark in (message.get("content") or ""):
-                    raise row.error(f"a {message['role']} turn holds the control token {mark}", "remove it")
+                if any(mark in text for text in _texts(message)):
+                    raise row.error(
+                        f"a turn of role {message['role']} holds the control token {mark}", "remove it"
+                    )
 
     def _tokenise(self, texts: Iterable[str]) -> list[list[int]]:
         return self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
@@ -120,3 +123,15 @@ class ChatEncoder:
         stated = self.tokenizer.apply_chat_template(question, tokenize=False)
         header, end, prompt = self._tokenise(["<|im_start|>assistant", "<|im_end|>", asked.removeprefix(stated)])
         return TurnMarks(header=tuple(header), end=end[0], prompt=tuple(prompt))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in a message, the keys of its mappings included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from value
+        yield from _texts(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)

@@ -48,6 +48,7 @@ def read_corpus(data: DataSpec, training: TrainingSpec, encoder: ChatEncoder) ->
     """
     counts = _Counts()
     documents = _fitting(data, encoder, counts)
+    _require_supervision(documents, data, "data")
     held_out: list[Document] = []
     if isinstance(data.held_out, DataSpec):
         other = attrs.evolve(data.held_out, max_length=data.max_length, overflow=data.overflow)
@@ -55,7 +56,6 @@ def read_corpus(data: DataSpec, training: TrainingSpec, encoder: ChatEncoder) ->
         _require_supervision(held_out, other, "held-out data")
     elif data.held_out is not None:
         documents, held_out = _split(documents, data.held_out, training.seed)
-    _require_supervision(documents, data, "data")
     train = _stream(documents, data, training)
     per_epoch = len(train.steps())
     rows = train.rows()

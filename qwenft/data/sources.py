@@ -107,17 +107,17 @@ def _memory_rows(rows: Rows) -> Iterator[Row]:
 def _file_rows(path: Path) -> Iterator[Row]:
     number = 0
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:  # decoded line by line, so that an error names its own
             for line_number, line in enumerate(lines, start=1):
                 if line.strip():
                     number += 1
                     yield Row(_object(path, line_number, line), str(path), line_number)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise DataError(
-            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}",
+            f"{path}: cannot be read: {error.strerror or error}",
             fix="a JSONL file in UTF-8, one conversation a line",
             file=str(path),
-            row=number + 1 if isinstance(error, UnicodeDecodeError) else None,
+            row=None,
         ) from None
     if number == 0:
         raise DataError(
@@ -125,9 +125,16 @@ def _file_rows(path: Path) -> Iterator[Row]:
         )
 
 
-def _object(path: Path, number: int, line: str) -> Mapping[str, Any]:
+def _object(path: Path, number: int, line: bytes) -> Mapping[str, Any]:
     try:
-        values = json.loads(line)
+        values = json.loads(line.decode("utf-8-sig").rstrip())
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}, line {number}: is no UTF-8: {error}",
+            fix="a JSONL file in UTF-8, one conversation a line",
+            file=str(path),
+            row=number,
+        ) from None
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}, line {number}: broken JSON at column {error.colno}: {error.msg}",

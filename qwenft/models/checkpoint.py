@@ -91,7 +91,7 @@ def _require_hub_id(source: str) -> None:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}", fix=_FIX, path=path) from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected a JSON object", fix=_FIX, path=path)

@@ -39,7 +39,7 @@ class Codec:
         # Values are handed on as they are, for the specs to check: cattrs alone would turn "no" into True.
         for primitive in (str, int, float, bool):
             self.converter.register_structure_hook(primitive, lambda value, _: value)
-        self.converter.register_structure_hook_func(lambda kind: get_origin(kind) is tuple, _load_tuple)
+        self.converter.register_structure_hook_func(_is_tuple_type, _load_tuple)
         self.converter.register_structure_hook_factory(attrs.has, self._spec_loader)
         self.converter.register_unstructure_hook(Backend, self._dump_backend)
         self.converter.register_unstructure_hook(Rows, self._dump_rows)
@@ -176,6 +176,10 @@ def write_atomically(path: Path, content: str) -> None:
 
 def _rows_name(rows: Rows) -> str:
     return f"data-{rows.digest[:16]}.jsonl"
+
+
+def _is_tuple_type(kind: Any) -> bool:
+    return get_origin(kind) is tuple
 
 
 def _load_tuple(value: Any, _: Any) -> Any:

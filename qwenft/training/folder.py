@@ -34,6 +34,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             path.rmdir()
         beside.rename(path)
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}", path=path) from error
     finally:

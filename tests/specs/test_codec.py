@@ -25,6 +25,7 @@ class Windowed(AttentionBackend):
         self.shape = shape
 
     def attend(self, query, key, value, *, layout, scale, causal=True):
+        """Never called here."""
         raise NotImplementedError
 
 

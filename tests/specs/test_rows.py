@@ -1,4 +1,4 @@
-import datetime
+import datetime as dt
 import json
 
 import datasets
@@ -62,7 +62,7 @@ def test_a_list_is_no_data_set():
     [
         ([*CHAT, "Hi"], r"expected every row to be a mapping, got str in row 2\n  Fix: DataSpec\.messages\(\[\{"),
         ([None], r"got NoneType in row 1"),
-        ([*CHAT, {"when": datetime.date(2024, 1, 1)}], r"row 2 holds what JSON cannot: Object of type date"),
+        ([*CHAT, {"when": dt.date(2024, 1, 1)}], r"row 2 holds what JSON cannot: Object of type date"),
         ([{"bytes": b"x"}], r"row 1 holds what JSON cannot: Object of type bytes"),
         ([{"text": "\ud800"}], r"row 1 holds what JSON cannot: .*surrogates not allowed"),
     ],

@@ -130,8 +130,10 @@ def test_backends_are_taken_as_objects_and_names():
         ),
         (
             lambda: AdapterSpec.lora(rnk=8),
-            r"AdapterSpec\.lora has no argument 'rnk'; did you mean 'rank'\?\n"
-            r"  Fix: AdapterSpec\.lora\(rank, alpha, dropout, rslora, dora\)",
+            (
+                r"AdapterSpec\.lora has no argument 'rnk'; did you mean 'rank'\?\n"
+                r"  Fix: AdapterSpec\.lora\(rank, alpha, dropout, rslora, dora\)"
+            ),
         ),
         (
             lambda: AdapterSpec(kind="lora", drop_out=0.1),
@@ -191,7 +193,7 @@ def test_backends_are_taken_as_objects_and_names():
             lambda: Recipe.load("r.json", allow_module=["a"]),
             r"Recipe\.load has no argument 'allow_module'; did you mean",
         ),
-        (lambda: ModelSpec(), r"ModelSpec: missing a required argument: 'source'"),
+        (ModelSpec, r"ModelSpec: missing a required argument: 'source'"),
         (lambda: TrainingSpec(3), r"TrainingSpec: too many positional arguments"),
         (lambda: DATA.unpack(1), r"DataSpec\.unpack: too many positional arguments"),
     ],

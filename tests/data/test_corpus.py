@@ -1,0 +1,167 @@
+import pytest
+
+from qwenft.data.corpus import read_corpus
+from qwenft.errors import DataError
+from qwenft.specs.data import DataSpec
+from qwenft.specs.training import TrainingSpec
+
+WORDS = "the quick brown fox jumps over a lazy dog and runs away"
+
+
+def chat(words, answered=True):
+    """A conversation whose length grows with its number of words."""
+    messages = [{"role": "user", "content": "Say."}]
+    if answered:
+        messages.append({"role": "assistant", "content": " ".join((WORDS.split() * words)[:words])})
+    return {"messages": messages}
+
+
+@pytest.fixture
+def read(encoder):
+    def read_data(data, **training):
+        return read_corpus(data, TrainingSpec(**training), encoder)
+
+    return read_data
+
+
+@pytest.fixture(scope="session")
+def lengths(encoder):
+    """The lengths of conversations, in tokens."""
+    return lambda rows: [len(document) for document in encoder.encode(DataSpec.messages(rows))]
+
+
+CHATS = [chat(words) for words in (1, 4, 60, 8, 100, 2)]
+
+
+def test_what_fits_is_counted(read, lengths):
+    """Without long rows every row is a document, and the counts are those of the documents."""
+    corpus = read(DataSpec.messages(CHATS))
+    report = corpus.report
+    assert (report.rows, report.documents, report.dropped, report.truncated, report.untrained) == (6, 6, 0, 0, 0)
+    assert report.tokens == sum(lengths(CHATS))
+    assert report.longest == max(lengths(CHATS))
+    assert report.supervised == sum(document.supervised for document in corpus.train.documents)
+    assert (report.stream_rows, report.steps_per_epoch, report.steps) == (6, 6, 6)
+    assert report.fill == report.tokens / (6 * 2048)
+    assert corpus.held_out is None
+    assert (report.held_out, report.held_out_supervised) == (0, 0)
+
+
+def test_packing_is_counted(read):
+    """Packed rows are fewer and fuller, and steps of several rows fewer still."""
+    data = DataSpec.messages(CHATS * 10).with_max_length(256).pack()
+    packed = read(data).report
+    assert packed.documents == 60
+    assert packed.stream_rows < 60
+    assert packed.fill > 0.8
+    by_tokens = read(data, tokens_per_step=512, epochs=3).report
+    assert by_tokens.steps_per_epoch == -(-packed.stream_rows // 2)
+    assert by_tokens.steps == 3 * by_tokens.steps_per_epoch
+    assert read(data, max_steps=7).report.steps == 7
+
+
+def test_long_rows_are_dropped_and_counted(read, lengths):
+    """Under "drop" a row of max_length stays and a longer one is left out."""
+    limit = sorted(lengths(CHATS))[3]
+    corpus = read(DataSpec.messages(CHATS).with_max_length(limit, "drop"))
+    assert (corpus.report.rows, corpus.report.documents, corpus.report.dropped) == (6, 4, 2)
+    assert corpus.report.longest == limit
+    assert [document.row for document in corpus.train.documents] == [1, 2, 4, 6]
+
+
+def test_long_rows_are_truncated_and_counted(read, lengths):
+    """Under "truncate" a longer row loses its end and the label there, and the others are as they were."""
+    limit = sorted(lengths(CHATS))[3]
+    corpus = read(DataSpec.messages(CHATS).with_max_length(limit, "truncate"))
+    assert (corpus.report.documents, corpus.report.truncated, corpus.report.dropped) == (6, 2, 0)
+    assert corpus.report.longest == limit
+    assert all(document.labels[-1] == -100 for document in corpus.train.documents)
+
+
+def test_a_long_row_stops_the_reading(read, lengths):
+    """Under "error" the first longer row is named, with its length and what to do."""
+    limit = sorted(lengths(CHATS))[3]
+    long = lengths(CHATS)[2]
+    message = (
+        rf"rows in memory, row 3: {long} tokens are more than max_length = {limit}\n"
+        rf'  Fix: \.with_max_length\({long}\), or overflow="drop" or "truncate"'
+    )
+    with pytest.raises(DataError, match=message) as caught:
+        read(DataSpec.messages(CHATS).with_max_length(limit, "error"))
+    assert (caught.value.file, caught.value.row) == ("rows in memory", 3)
+    assert read(DataSpec.messages(CHATS).with_max_length(max(lengths(CHATS)), "error")).report.documents == 6
+
+
+def test_rows_that_train_nothing_are_counted_and_left_out(read, lengths):
+    """A row without an assistant turn, and one cut before it, train nothing."""
+    rows = [
+        chat(3),
+        chat(0, answered=False),
+        chat(5),
+        {"messages": [{"role": "user", "content": WORDS * 9}, *chat(2)["messages"][1:]]},
+    ]
+    limit = max(lengths(rows[:3]))
+    report = read(DataSpec.messages(rows).with_max_length(limit, "truncate")).report
+    assert (report.rows, report.documents, report.untrained, report.truncated) == (4, 2, 2, 1)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        DataSpec.messages([chat(0, answered=False)] * 3),
+        DataSpec.messages(CHATS).with_max_length(2),
+        DataSpec.messages(CHATS).with_max_length(2, "truncate"),
+        DataSpec.messages([chat(0, answered=False)] * 3).hold_out(0.5),
+    ],
+)
+def test_data_in_which_nothing_is_trained_is_an_error(read, data):
+    """When no row has a trained token left, the run is refused with what to change."""
+    message = r"no token of the data is trained \(rows in memory\): .*\n  Fix: conversations with assistant turns"
+    with pytest.raises(DataError, match=message):
+        read(data)
+
+
+def test_held_out_data_in_which_nothing_is_trained_is_an_error(read, tmp_path):
+    """The held-out data must have something to measure, too, and its file is named."""
+    path = tmp_path / "held.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
+    with pytest.raises(DataError, match=r"no token of the held-out data is trained \(.*held\.jsonl"):
+        read(DataSpec.messages(CHATS).hold_out(DataSpec.messages(path)))
+
+
+@pytest.mark.parametrize(("fraction", "held"), [(0.5, 5), (0.1, 1), (0.01, 1), (0.99, 9)])
+def test_a_fraction_is_held_out(read, fraction, held):
+    """A share of the documents, at least one and never all, is kept from training."""
+    corpus = read(DataSpec.messages([chat(words) for words in range(1, 11)]).hold_out(fraction))
+    train = {document.row for document in corpus.train.documents}
+    kept = {document.row for document in corpus.held_out.documents}
+    assert (len(kept), corpus.report.held_out, corpus.report.documents) == (held, held, 10 - held)
+    assert train | kept == set(range(1, 11))
+    assert not train & kept
+    assert corpus.report.held_out_supervised == sum(document.supervised for document in corpus.held_out.documents)
+
+
+def test_what_is_held_out_depends_on_the_seed(read):
+    """The same seed keeps the same documents, another seed others."""
+
+    def kept(seed):
+        corpus = read(DataSpec.messages([chat(words) for words in range(1, 21)]).hold_out(0.3), seed=seed)
+        return [document.row for document in corpus.held_out.documents]
+
+    assert kept(1) == kept(1)
+    assert kept(1) != kept(2)
+
+
+def test_one_document_cannot_be_shared_out(read):
+    """A fraction of a single document is refused."""
+    with pytest.raises(DataError, match=r"hold_out\(0\.5\): 1 documents cannot be shared out\n  Fix: more data"):
+        read(DataSpec.messages([chat(3)]).hold_out(0.5))
+
+
+def test_other_data_are_held_out(read):
+    """Data of their own are evaluated under the length policy of training, and nothing is taken from training."""
+    other = DataSpec.messages([chat(2), chat(100)])
+    corpus = read(DataSpec.messages(CHATS).with_max_length(64).hold_out(other))
+    assert [document.row for document in corpus.held_out.documents] == [1]
+    assert corpus.report.held_out == 1
+    assert corpus.report.rows == 6

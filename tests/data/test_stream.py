@@ -1,0 +1,105 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from qwenft.data.masking import IGNORED
+from qwenft.data.stream import Batch, Stream
+
+
+@pytest.fixture
+def documents(document):
+    lengths = [3, 40, 2, 17, 64, 5, 33, 8, 21, 12, 50, 7]
+    return [document(length, first=1000 * row, row=row) for row, length in enumerate(lengths, start=1)]
+
+
+def stream(documents, **options):
+    return Stream(documents, **{"capacity": 64, "packed": True, "seed": 5, **options})
+
+
+def order_of(steps):
+    return [number for step in steps for row in step for number in row]
+
+
+def test_a_batch_is_its_documents_one_after_the_other(document):
+    """Tokens and labels of a row are those of its documents, and the layout says where each begins."""
+    one, two = document(5, first=10, row=7), document(3, first=90, row=9)
+    batch = Batch.from_documents([one, two])
+    assert batch.input_ids.tolist() == [10, 11, 12, 13, 14, 90, 91, 92]
+    assert batch.labels.tolist() == [-100, -100, 13, 14, -100, -100, 92, -100]
+    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+    assert list(batch.layout.lengths) == [5, 3]
+    assert batch.documents == (("chats.jsonl", 7), ("chats.jsonl", 9))
+    assert batch.tokens == 3.0
+
+
+def test_a_label_is_the_token_behind_its_position(documents):
+    """In every row, each trained position predicts the next token of its own document, and no last one is trained."""
+    for step in stream(documents).batches():
+        for batch in step:
+            trained = (batch.labels != IGNORED).nonzero().flatten()
+            assert len(trained)
+            assert torch.equal(batch.labels[trained], batch.input_ids[trained + 1])
+            assert torch.equal(batch.layout.document_ids[trained], batch.layout.document_ids[trained + 1])
+
+
+def test_weights_count_at_supervised_positions_only(document):
+    """The tokens of a batch are the sum of the weights where something is trained."""
+    batch = Batch.from_documents([document(4)])
+    weighted = Batch(batch.input_ids, batch.labels, batch.layout, weights=torch.tensor([9.0, 9.0, 0.5, 9.0]))
+    assert batch.labels.tolist() == [-100, -100, 3, -100]
+    assert weighted.tokens == 0.5
+    moved = weighted.to("cpu")
+    assert torch.equal(moved.weights, weighted.weights)
+    assert torch.equal(moved.labels, batch.labels)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("tokens_per_step", [None, 64, 130, 10_000])
+@pytest.mark.parametrize("epoch", [0, 1, 7])
+def test_every_document_is_seen_once_an_epoch(documents, packed, tokens_per_step, epoch):
+    """Whatever rows and steps are made of them, each document comes once, in a row that holds it."""
+    steps = stream(documents, packed=packed, tokens_per_step=tokens_per_step).steps(epoch)
+    assert sorted(order_of(steps)) == list(range(len(documents)))
+    for step in steps:
+        rows = [sum(len(documents[number]) for number in row) for row in step]
+        assert max(rows) <= 64
+        assert step
+        if tokens_per_step is None:
+            assert len(step) == 1
+        else:
+            assert sum(rows) <= tokens_per_step
+
+
+def test_steps_are_as_full_as_they_can_be(documents):
+    """The first row of a step would not have fitted the step before it."""
+    steps = stream(documents, packed=False, tokens_per_step=100).steps()
+    sizes = [[sum(len(documents[number]) for number in row) for row in step] for step in steps]
+    assert len(steps) > 2
+    assert all(sum(before) + after[0] > 100 for before, after in pairwise(sizes))
+
+
+def test_unpacked_rows_hold_one_document(documents):
+    """Without packing a row is a document, in a shuffled order."""
+    rows = stream(documents, packed=False).rows()
+    assert all(len(row) == 1 for row in rows)
+    assert [row[0] for row in rows] != list(range(len(documents)))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_seed_and_epoch_decide_the_order(documents, packed):
+    """The same seed and epoch give the same rows, and any other seed or epoch gives others."""
+    one = stream(documents, packed=packed)
+    assert one.rows(3) == stream(documents, packed=packed).rows(3)
+    assert one.rows(3) != one.rows(4)
+    assert one.rows(3) != stream(documents, packed=packed, seed=6).rows(3)
+
+
+def test_batches_are_the_steps(documents):
+    """batches() makes a micro-batch of every row of every step, in order."""
+    source = stream(documents, tokens_per_step=130)
+    for rows, batches in zip(source.steps(2), source.batches(2), strict=True):
+        for row, batch in zip(rows, batches, strict=True):
+            expected = np.concatenate([documents[number].input_ids for number in row])
+            assert batch.input_ids.tolist() == expected.tolist()

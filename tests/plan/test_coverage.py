@@ -1,0 +1,114 @@
+import attrs
+import pytest
+
+from qwenft.family.architectures import FAMILY
+from qwenft.family.inventory import inventory
+from qwenft.family.roles import default_adapter_roles, roles_of
+from qwenft.plan.coverage import coverage, matches, trained_roles, trained_weights
+from qwenft.plan.records import StateBytes, state_bytes
+from qwenft.specs.adapter import AdapterSpec
+
+DENSE = FAMILY["qwen3.5-27b"].text_only()
+EXPERTS = FAMILY["qwen3.5-35b-a3b"].text_only()
+LORA = AdapterSpec.lora(rank=16)
+
+
+def row_of(architecture, adapter, role):
+    (row,) = [row for row in coverage(architecture, adapter) if row.role == role]
+    return row
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_role_has_a_row(name):
+    """The table has each role of the model once, holds every parameter, and trains what it says."""
+    architecture = FAMILY[name]
+    for adapter in (LORA, AdapterSpec.full()):
+        rows = coverage(architecture, adapter)
+        assert tuple(row.role for row in rows) == roles_of(architecture)
+        assert sum(row.held for row in rows) == sum(weight.count for weight in inventory(architecture))
+        trained = sum(entry.parameters for entry in trained_weights(architecture, adapter))
+        assert sum(row.parameters for row in rows) == trained
+
+
+def test_a_lora_without_roles_reaches_attention_and_mlp():
+    """The default is both attentions and the MLP that every token visits; the rest is frozen."""
+    assert trained_roles(DENSE, LORA) == ("full_attention", "linear_attention", "mlp")
+    assert trained_roles(EXPERTS, LORA) == ("full_attention", "linear_attention", "shared_expert")
+    reached = {row.role for row in coverage(EXPERTS, LORA) if row.parameters}
+    assert reached == set(default_adapter_roles(EXPERTS))
+
+
+def test_the_parameters_of_a_lora_are_counted_by_hand():
+    """The MLP of 27B: rank x (in + out) for three matrices in each of 64 layers."""
+    row = row_of(DENSE, LORA, "mlp")
+    hidden, ffn = DENSE.hidden_size, DENSE.intermediate_size
+    assert row.parameters == 64 * 3 * 16 * (hidden + ffn)
+    assert row.held == 64 * 3 * hidden * ffn
+    assert row.layers == 64
+    assert {module.rpartition(".")[2] for module in row.modules} == {"gate_proj", "up_proj", "down_proj"}
+    assert row_of(DENSE, LORA, "full_attention").layers == 16
+    assert row_of(DENSE, LORA, "linear_attention").layers == 48
+
+
+def test_the_rank_of_a_role_counts():
+    """A role with a rank of its own has parameters in proportion; DoRA adds its magnitudes."""
+    plain = row_of(DENSE, LORA, "mlp").parameters
+    assert row_of(DENSE, LORA.with_rank(mlp=4), "mlp").parameters == plain // 4
+    assert row_of(DENSE, LORA.with_rank(mlp=4), "full_attention") == row_of(DENSE, LORA, "full_attention")
+    magnitudes = 64 * (2 * DENSE.intermediate_size + DENSE.hidden_size)
+    assert row_of(DENSE, AdapterSpec.lora(rank=16, dora=True), "mlp").parameters == plain + magnitudes
+
+
+def test_the_routed_experts_cost_what_the_design_says():
+    """Rank 16 on the routed experts is 0.9 B parameters at 35B-A3B and 1.8 B at 122B-A10B."""
+    for name, expected in (("qwen3.5-35b-a3b", 0.9e9), ("qwen3.5-122b-a10b", 1.8e9)):
+        row = row_of(FAMILY[name], LORA.on("routed_experts"), "routed_experts")
+        assert row.parameters == pytest.approx(expected, rel=0.06)
+
+
+def test_targets_are_added_to_the_roles():
+    """A suffix adapts modules beside those of the roles, at the general rank."""
+    adapter = LORA.on("full_attention").with_target_modules("mlp.up_proj")
+    row = row_of(DENSE, adapter, "mlp")
+    assert {module.rpartition(".")[2] for module in row.modules} == {"up_proj"}
+    assert row.parameters == 64 * 16 * (DENSE.hidden_size + DENSE.intermediate_size)
+    assert row_of(DENSE, adapter, "full_attention") == row_of(DENSE, LORA, "full_attention")
+    router = row_of(EXPERTS, LORA.with_target_parameters("mlp.gate.weight"), "router")
+    assert router.layers == EXPERTS.layers
+    assert router.parameters > 0
+
+
+def test_full_fine_tuning_trains_the_weights_themselves():
+    """Each parameter of the trained roles counts once, and frozen roles count none."""
+    for row in coverage(DENSE, AdapterSpec.full().freeze("embeddings", "norms")):
+        assert row.parameters == (0 if row.role in ("embeddings", "norms") else row.held)
+    only = coverage(DENSE, AdapterSpec.full().on("mlp", "norms").freeze("norms"))
+    assert {row.role for row in only if row.parameters} == {"mlp"}
+
+
+def test_a_suffix_matches_at_a_dot():
+    """Peft's targets are whole names or ends of them behind a dot."""
+    assert matches("q_proj", "self_attn.q_proj")
+    assert matches("self_attn.q_proj", "self_attn.q_proj")
+    assert not matches("proj", "self_attn.q_proj")
+    assert not matches("self_attn", "self_attn.q_proj")
+
+
+def test_the_state_of_a_lora_counts_by_hand():
+    """Frozen weights as stored with the float32 ones apart, and 16 bytes for each trained parameter."""
+    trained = sum(entry.parameters for entry in trained_weights(DENSE, LORA))
+    held = sum(weight.count for weight in inventory(DENSE))
+    gdn = 48 * (2 * DENSE.gdn_value_heads + DENSE.gdn_value_dim)  # A_log, dt_bias, norm
+    expected = StateBytes(
+        weights=2 * held + 2 * gdn, trained=4 * trained, gradients=4 * trained, optimizer=8 * trained
+    )
+    assert state_bytes(DENSE, LORA, "bfloat16") == expected
+    assert state_bytes(DENSE, LORA, "bfloat16").total == expected.weights + 16 * trained
+    assert state_bytes(DENSE, LORA, "float32").weights == 4 * held
+
+
+def test_the_state_of_full_fine_tuning_replaces_the_weights():
+    """A weight that is trained in float32 is not held a second time."""
+    held = sum(weight.count for weight in inventory(DENSE))
+    state = state_bytes(DENSE, AdapterSpec.full(), "bfloat16")
+    assert attrs.astuple(state) == (0, 4 * held, 4 * held, 8 * held)

@@ -1,0 +1,130 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from qwenft.family.architectures import FAMILY
+from qwenft.machine import Machine
+from qwenft.recipe import Recipe
+from qwenft.reports.text import bytes_text, render_run, table
+from qwenft.specs.adapter import AdapterSpec
+from qwenft.specs.data import DataSpec
+from qwenft.specs.model import ModelSpec
+from qwenft.testing import train_tokenizer
+
+GPU = Machine.named("8xH100-80GB")
+
+
+def chat(text):
+    return {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a config and a tokenizer, all that counting needs, and an empty file of weights."""
+    train_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(FAMILY["qwen3.5-4b"].to_config()))
+    (tmp_path / "model.safetensors").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        (3 * 2**20, "3.0 MiB"),
+        (24 * 2**30, "24.0 GiB"),
+        (2**41, "2048.0 GiB"),
+    ],
+)
+def test_bytes_are_written_for_people(count, text):
+    """Numbers of bytes have a unit that fits."""
+    assert bytes_text(count) == text
+
+
+def test_a_table_has_columns():
+    """Columns are as wide as their longest cell, aligned left or right, with no blanks at the end."""
+    assert table(("name", "count"), [("a", "1"), ("longer", "1,000")], right=(1,)) == (
+        "name    count\na           1\nlonger  1,000"
+    )
+    assert table(("a", "b"), []) == "a  b"
+
+
+def test_a_plan_says_what_it_is_for():
+    """Model, machine, method, parameters, backends, state and data are in the text, each in a line."""
+    recipe = Recipe(ModelSpec("qwen3.5-27b"), DataSpec.messages([chat("Hello!")]), AdapterSpec.lora(rank=8))
+    plan = recipe.compile(GPU)
+    text = plan.explain()
+    lines = dict(line.split(None, 1) for line in text.splitlines() if line[:1].isalpha())
+    assert lines["model"] == "qwen3.5-27b (text half, bfloat16)"
+    assert lines["machine"] == "8xH100-80GB"
+    held = sum(row.held for row in plan.coverage)
+    assert lines["trained"] == f"LoRA rank 8: {plan.trained_parameters:,} parameters beside {held:,}"
+    assert lines["attention"] == "full = sdpa, linear = torch"
+    assert lines["data"] == "not yet computed (plan.data tokenises them)"
+    assert lines["state"].startswith(f"{bytes_text(plan.state.total)}: frozen weights ")
+    for row in plan.coverage:
+        assert f"{row.role} " in text
+        assert f"{row.parameters:,}" in text
+        assert f"{row.held:,}" in text
+    for finding in plan.findings:
+        assert str(finding) in text
+    assert "blocked here: machine: the plan is for 8xH100-80GB" in text
+    assert 'note: attention.full: "auto" chose sdpa' in text
+    assert repr(plan) == text
+
+
+def test_a_plan_says_what_is_unusual():
+    """A tower, another precision, full fine-tuning and missing data are told."""
+    slow = Machine("old laptop", "cpu", cores=2, host_bytes=2**33)
+    text = Recipe(ModelSpec("qwen3.5-0.8b").with_vision(), adapter=AdapterSpec.full()).compile(slow).explain()
+    assert "(with vision tower, bfloat16, computed in float32)" in text
+    assert "full fine-tuning: " in text
+    assert "\ndata       none\n" in text
+
+
+def test_errors_are_in_the_text_of_a_plan_that_is_not_strict():
+    """A plan compiled with strict=False shows its errors as such."""
+    recipe = Recipe(ModelSpec("qwen3.5-4b"), adapter=AdapterSpec.lora().on("router"))
+    text = recipe.compile(strict=False).explain()
+    assert 'error: adapter.on: "router" does not exist in qwen3.5-4b (dense)' in text
+
+
+def test_counted_data_are_told(folder):
+    """After plan.data the text gives documents, tokens, rows, steps, and what was lost."""
+    rows = [
+        chat("Hello!"),
+        chat("Good day. " * 100),
+        chat("Yes."),
+        chat("No."),
+        {"messages": [{"role": "user", "content": "?"}]},
+    ]
+    data = DataSpec.messages(rows).with_max_length(64).pack().hold_out(0.3)
+    plan = Recipe(ModelSpec(folder), data).compile()
+    assert not plan.data_is_known
+    report = plan.data
+    assert plan.data_is_known
+    line = next(line for line in plan.explain().splitlines() if line.startswith("data "))
+    assert f"2 documents, {report.tokens:,} tokens, {report.supervised:,} of them supervised; " in line
+    assert (
+        f"1 rows filled to {report.fill:.0%}; 1 steps; 1 documents held out; 1 rows dropped, 1 rows untrained"
+        in line
+    )
+    assert plan.summary()["data"]["dropped"] == 1
+    assert json.loads(json.dumps(plan.summary()))["trained_parameters"] == plan.trained_parameters
+
+
+def test_a_run_reads_in_a_line(tmp_path):
+    """Steps, folder, loss and held-out loss of a run, first and last."""
+    history = [
+        {"step": 0, "held_out_loss": 5.0},
+        {"step": 1, "loss": 4.0},
+        {"step": 2, "loss": 2.5, "held_out_loss": 3.0},
+    ]
+    run = SimpleNamespace(folder=tmp_path, history=history, held_out_losses=[(0, 5.0), (2, 3.0)])
+    assert render_run(run) == f"run of 2 steps in {tmp_path}, loss 4.0000 to 2.5000, held out 5.0000 to 3.0000"
+    run = SimpleNamespace(folder=tmp_path, history=[], held_out_losses=[])
+    assert render_run(run) == f"run of 0 steps in {tmp_path}"
