@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
         folder / "adapter-run",
     )
     print("\nSample answers")
-    sampling = {"max_new_tokens": 40, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    sampling: dict[str, Any] = {"max_new_tokens": 40, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
     for question in QUESTIONS:
         print(f"  user      {question}")
         print(f"  base      {run.generate(question, base=True, **sampling)}")

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from qwenft.capabilities import Backend
 from qwenft.errors import CheckpointError, SpecError
 from qwenft.specs.adapter import AdapterSpec
 from qwenft.specs.attention import AttentionSpec
 from qwenft.specs.base import Check, kind_of, spec
-from qwenft.specs.codec import Codec, write_atomically
+from qwenft.specs.codec import Codec, cannot_be_saved, write_atomically
 from qwenft.specs.data import DataSpec
 from qwenft.specs.model import ModelSpec
 from qwenft.specs.parallel import ParallelSpec
@@ -116,7 +117,10 @@ class Recipe:
             CheckpointError: the place cannot be written.
         """
         path = Path(path)
-        Codec(folder=None).dump(self)  # what cannot be saved is refused before anything is written
+        for backend in (self.attention.full, self.attention.linear):
+            problem = cannot_be_saved(backend) if isinstance(backend, Backend) else None
+            if problem is not None:
+                raise problem  # before anything is written
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             content = Codec(path.parent).dump(self)

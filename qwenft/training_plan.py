@@ -224,7 +224,7 @@ class TrainingPlan:
         """
         from qwenft.reports.live import Progress
         from qwenft.run import Run
-        from qwenft.specs.codec import Codec
+        from qwenft.specs.codec import cannot_be_saved
         from qwenft.training.folder import claim_run_folder, require_free
         from qwenft.training.loop import train
 
@@ -232,10 +232,9 @@ class TrainingPlan:
         require_free(folder)
         self._require_runnable()
         report = self.data
-        claim_run_folder(
-            folder, {"plan.json": self.summary(), "recipe.json": Codec(folder=None).dump(self.recipe)}
-        )
-        self.recipe.save(folder / "recipe.json")
+        claim_run_folder(folder, {"plan.json": self.summary()})
+        if not any(cannot_be_saved(slot.backend) for slot in self.draft.slots):
+            self.recipe.save(folder / "recipe.json")
         prepared = self.prepare()
         with Progress(report.steps, shown=progress) as shown:
             history = train(prepared, folder / "metrics.jsonl", state_bytes=self.state.total, on_step=shown.update)

@@ -67,6 +67,6 @@ def test_own_data_and_model_go_through_the_same_path(dense_checkpoint, tmp_path,
 
 def test_missing_data_is_named(tmp_path):
     """A file that is not there stops the quickstart before anything is made."""
-    with pytest.raises(DataError, match="nowhere.jsonl"):
+    with pytest.raises(DataError, match=r"nowhere\.jsonl"):
         quickstart.main(["--data", str(tmp_path / "nowhere.jsonl"), "--run-dir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()

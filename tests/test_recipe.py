@@ -134,7 +134,8 @@ def test_with_changes_what_is_there():
     assert PLAIN.with_training(seed=3).with_training(epochs=2).training == TrainingSpec(seed=3, epochs=2)
     assert PLAIN.with_data(None) == Recipe(MODEL)
     with pytest.raises(
-        SpecError, match=r"Recipe\.with_data: there is no data to change\n  Fix: with_data\(spec\)"
+        SpecError,
+        match=r"Recipe\.with_data: there is no data to change\n  Fix: with_data\(spec\)",
     ):
         Recipe(MODEL).with_data(max_length=5)
 
@@ -204,7 +205,7 @@ def test_a_saved_module_must_be_allowed(tmp_path, monkeypatch):
         "from qwenft.backends import EagerAttention\n"
         "class Windowed(EagerAttention):\n"
         "    def __init__(self, width=4):\n"
-        "        self.width = width\n"
+        "        self.width = width\n",
     )
     monkeypatch.syspath_prepend(tmp_path)
     import my_backend

@@ -51,13 +51,11 @@ def read_corpus(data: DataSpec, training: TrainingSpec, encoder: ChatEncoder) ->
     _require_supervision(documents, data, "data")
     held_out: list[Document] = []
     if isinstance(data.held_out, DataSpec):
-        other = attrs.evolve(data.held_out, max_length=data.max_length, overflow=data.overflow)
-        held_out = _fitting(other, encoder, _Counts())
-        _require_supervision(held_out, other, "held-out data")
+        held_out = _fitting(data.held_out, encoder, _Counts())
+        _require_supervision(held_out, data.held_out, "held-out data")
     elif data.held_out is not None:
         documents, held_out = _split(documents, data.held_out, training.seed)
     train = _stream(documents, data, training)
-    per_epoch = len(train.steps())
     rows = train.rows()
     tokens = sum(train.lengths)
     report = DataReport(
@@ -71,12 +69,14 @@ def read_corpus(data: DataSpec, training: TrainingSpec, encoder: ChatEncoder) ->
         untrained=counts.untrained,
         stream_rows=len(rows),
         fill=tokens / (len(rows) * data.capacity),
-        steps_per_epoch=per_epoch,
-        steps=training.max_steps or per_epoch * (training.epochs or 1),
+        steps_per_epoch=len(train.steps()),
+        # Epochs see other rows, and may need a step more or less.
+        steps=training.max_steps or sum(len(train.steps(epoch)) for epoch in range(training.epochs or 1)),
         held_out=len(held_out),
         held_out_supervised=sum(document.supervised for document in held_out),
     )
-    return Corpus(train, _stream(held_out, data, training) if held_out else None, report)
+    other = data.held_out if isinstance(data.held_out, DataSpec) else data
+    return Corpus(train, _stream(held_out, other, training) if held_out else None, report)
 
 
 def _stream(documents: list[Document], data: DataSpec, training: TrainingSpec) -> Stream:

@@ -14,6 +14,8 @@ from qwenft.family.inventory import inventory
 from qwenft.family.roles import default_adapter_roles, roles_of
 from qwenft.plan.coverage import coverage, matches, trained_weights
 from qwenft.plan.findings import Finding, blocked, error, note
+from qwenft.specs.codec import cannot_be_saved
+from qwenft.specs.data import DataSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from qwenft.machine import Machine
     from qwenft.plan.choice import Choice
     from qwenft.specs.adapter import AdapterSpec
-    from qwenft.specs.data import DataSpec
     from qwenft.specs.model import ModelSpec
     from qwenft.specs.training import TrainingSpec
 
@@ -195,8 +196,11 @@ def not_trained(draft: Draft) -> Iterator[Finding]:
 
 def packing_is_exact(draft: Draft) -> Iterator[Finding]:
     """Packed documents must stay apart in both halves."""
+    packed = [
+        data for data in (draft.data, getattr(draft.data, "held_out", None)) if getattr(data, "packed", False)
+    ]
     for slot in draft.slots:
-        if draft.data is not None and draft.data.packed and not slot.backend.supports_packing:
+        if packed and not slot.backend.supports_packing:
             yield error(
                 "data.packing",
                 f"documents are packed, but attention.{slot.name} = {slot.backend!r} has supports_packing = "
@@ -228,6 +232,13 @@ def backend_chosen(draft: Draft) -> Iterator[Finding]:
             yield note(f"attention.{slot.name}", f'"auto" chose {slot.backend.name}{passed}')
 
 
+def backend_is_kept(draft: Draft) -> Iterator[Finding]:
+    """Say where a run will not hold a recipe that can be loaded."""
+    for slot in draft.slots:
+        if (problem := cannot_be_saved(slot.backend)) is not None:
+            yield note(f"attention.{slot.name}", f"{problem.problem}; the run folder will hold no recipe.json")
+
+
 def lengths_fit(draft: Draft) -> Iterator[Finding]:
     """Documents fit the model, rows hold documents, steps hold rows."""
     data = draft.data
@@ -239,6 +250,8 @@ def lengths_fit(draft: Draft) -> Iterator[Finding]:
             f"{data.max_length:,} tokens are more than the {draft.architecture.context:,} that the model reads",
             f".with_max_length({draft.architecture.context})",
         )
+    if data.row_tokens is not None and not data.packed:
+        yield error("data.row_tokens", "rows have a capacity but are not packed", f".pack({data.row_tokens})")
     if data.capacity < data.max_length:
         yield error(
             "data.row_tokens",
@@ -255,6 +268,9 @@ def lengths_fit(draft: Draft) -> Iterator[Finding]:
 
 def evaluation(draft: Draft) -> Iterator[Finding]:
     """Evaluate only what was held out."""
+    held_out = None if draft.data is None else draft.data.held_out
+    if isinstance(held_out, DataSpec) and held_out.held_out is not None:
+        yield error("data.held_out", "held-out data hold out some of their own", "leave its .hold_out out")
     if draft.training.evaluate_every is not None and (draft.data is None or draft.data.held_out is None):
         yield error("training.evaluate_every", "there is no held-out data to evaluate", "data.hold_out(0.05)")
 
@@ -291,6 +307,7 @@ RULES: tuple[Callable[[Draft], Iterator[Finding]], ...] = (
     packing_is_exact,
     backend_can,
     backend_chosen,
+    backend_is_kept,
     lengths_fit,
     evaluation,
     can_run_here,

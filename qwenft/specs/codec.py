@@ -28,7 +28,8 @@ class Codec:
     """Turns specs into JSON values and back.
 
     Args:
-        folder: where rows that are in memory are written, and read from again; None writes nothing.
+        folder: where rows that are in memory are written, and read from again; None describes a value without
+            saving it: no rows are written, and a backend that could not be loaded again is not refused.
         allow_modules: modules outside the package whose backends may be loaded: loading runs their code.
     """
 
@@ -70,29 +71,11 @@ class Codec:
             raise SpecError(f"{cls.__name__}: {'; '.join(cattrs.transform_error(error))}") from None
 
     def _dump_backend(self, backend: Backend) -> dict[str, Any]:
-        cls, fields = type(backend), backend.fields()
-        if cls.__module__ == "__main__":
-            raise SpecError(
-                f"{cls.__name__} is defined in __main__ and cannot be found again by a saved recipe",
-                fix="write its cell with %%writefile my_backend.py, then: from my_backend import " + cls.__name__,
-                got=backend,
-            )
-        if "<locals>" in cls.__qualname__:
-            raise SpecError(
-                f"{cls.__name__} is defined inside a function and cannot be found again by a saved recipe",
-                fix=f"define {cls.__name__} at the top of {cls.__module__}",
-                got=backend,
-            )
-        try:
-            plain = json.loads(json.dumps(fields)) == fields
-        except (TypeError, ValueError):
-            plain = False
-        if not plain:
-            raise SpecError(
-                f"{backend!r} has fields that JSON cannot hold",
-                fix="fields of strings, numbers, booleans and lists",
-                got=backend,
-            )
+        problem = cannot_be_saved(backend)
+        if problem is not None and self.folder is not None:
+            raise problem
+        cls = type(backend)
+        fields = repr(backend) if problem is not None else backend.fields()
         return {"class": f"{cls.__module__}:{cls.__qualname__}", "fields": fields}
 
     def _load_backend(self, value: Any, _: Any) -> Any:
@@ -162,6 +145,35 @@ class Codec:
             return load(value, cls)
 
         return structure
+
+
+def cannot_be_saved(backend: Backend) -> SpecError | None:
+    """Why a saved recipe could not make this backend again, or None where it can."""
+    cls = type(backend)
+    if cls.__module__ == "__main__":
+        return SpecError(
+            f"{cls.__name__} is defined in __main__ and cannot be found again by a saved recipe",
+            fix="write its cell with %%writefile my_backend.py, then: from my_backend import " + cls.__name__,
+            got=backend,
+        )
+    if "<locals>" in cls.__qualname__:
+        return SpecError(
+            f"{cls.__name__} is defined inside a function and cannot be found again by a saved recipe",
+            fix=f"define {cls.__name__} at the top of {cls.__module__}",
+            got=backend,
+        )
+    fields = backend.fields()
+    try:
+        plain = json.loads(json.dumps(fields)) == fields
+    except (TypeError, ValueError):
+        plain = False
+    if plain:
+        return None
+    return SpecError(
+        f"{backend!r} has fields that JSON cannot hold",
+        fix="fields of strings, numbers, booleans and lists",
+        got=backend,
+    )
 
 
 def write_atomically(path: Path, content: str) -> None:

@@ -52,7 +52,7 @@ class DataSpec:
         overflow: what happens to a longer one: "drop" it, "truncate" its end, or stop with an "error".
         packed: several documents share a row of the stream; they never see each other.
         row_tokens: the capacity of a packed row; ``max_length`` where None.
-        held_out: a fraction of the rows, or other data, kept for evaluation.
+        held_out: a fraction of the rows, or other data with their own lengths and packing, kept for evaluation.
 
     Examples:
         >>> DataSpec.messages("chats.jsonl").with_max_length(1024).pack().packed

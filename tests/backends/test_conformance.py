@@ -122,12 +122,15 @@ def joined_after_long(layout):
 
 
 @pytest.mark.parametrize(
-    "backend", [_LeakingAttention(), _LeakingAfterLongDocuments(), _LeakingGradients()], ids=repr
+    "backend",
+    [_LeakingAttention(), _LeakingAfterLongDocuments(), _LeakingGradients()],
+    ids=repr,
 )
 def test_leaking_attention_is_caught(backend):
     """An attention that reaches another document, forward or backward, is a LeakError of that half."""
     with pytest.raises(
-        LeakError, match=r"leaks in its attention: awkward lengths.*of other documents changed by"
+        LeakError,
+        match=r"leaks in its attention: awkward lengths.*of other documents changed by",
     ) as found:
         check_attention(backend)
     assert found.value.half == "attention"
@@ -171,7 +174,8 @@ class _WrongScale(SdpaAttention):
 def test_a_wrong_result_names_its_case():
     """An attention that differs from the reference fails with the case, the error and the limit."""
     with pytest.raises(
-        ConformanceError, match=r"_WrongScale\(\) fails: attention, awkward lengths.*output"
+        ConformanceError,
+        match=r"_WrongScale\(\) fails: attention, awkward lengths.*output",
     ) as found:
         check_attention(_WrongScale())
     assert isinstance(found.value, QwenftError)

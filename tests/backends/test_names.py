@@ -40,7 +40,8 @@ def test_backends_compare_by_class_and_fields():
 def test_an_unknown_name_gets_the_known_ones_and_the_nearest(slot, name, meant):
     """A misspelt name is answered with the slot, the name that was meant and the names there are."""
     with pytest.raises(
-        SpecError, match=rf"attention\.{slot}: no backend is called '{name}'.*'{meant}'.*Known: "
+        SpecError,
+        match=rf"attention\.{slot}: no backend is called '{name}'.*'{meant}'.*Known: ",
     ) as found:
         getattr(backends, slot)(name)
     assert found.value.got == name

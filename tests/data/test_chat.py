@@ -143,7 +143,10 @@ def test_spans_agree_with_the_training_templates_of_trl(template, name):
     messages = CONVERSATIONS[name]
     (document,) = encode(encoder, messages)
     rendered = encoder.tokenizer.apply_chat_template(
-        messages, return_dict=True, return_assistant_tokens_mask=True, tokenize=True
+        messages,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenize=True,
     )
     ids, mask = rendered["input_ids"], rendered["assistant_masks"]
     assert ids == document.input_ids.tolist()

@@ -159,9 +159,35 @@ def test_one_document_cannot_be_shared_out(read):
 
 
 def test_other_data_are_held_out(read):
-    """Data of their own are evaluated under the length policy of training, and nothing is taken from training."""
-    other = DataSpec.messages([chat(2), chat(100)])
+    """Data of their own are evaluated under their own length policy, and nothing is taken from training."""
+    other = DataSpec.messages([chat(2), chat(100)]).with_max_length(64)
     corpus = read(DataSpec.messages(CHATS).with_max_length(64).hold_out(other))
     assert [document.row for document in corpus.held_out.documents] == [1]
     assert corpus.report.held_out == 1
     assert corpus.report.rows == 6
+
+
+def test_steps_of_a_run_are_those_of_its_epochs(encoder):
+    """Where epochs need different numbers of steps, the run has their sum."""
+    chats = [
+        {"messages": [{"role": "user", "content": "a" * n}, {"role": "assistant", "content": "b"}]}
+        for n in range(1, 90)
+    ]
+    data = DataSpec.messages(chats).with_max_length(256)
+    corpus = read_corpus(data, TrainingSpec(epochs=4, tokens_per_step=256), encoder)
+    assert corpus.report.steps == sum(len(corpus.train.steps(epoch)) for epoch in range(4))
+
+
+def test_held_out_data_keep_their_own_lengths(encoder):
+    """Other data that are held out have the length policy and packing of their own spec."""
+    long = [
+        {"messages": [{"role": "user", "content": "why " * 60}, {"role": "assistant", "content": "so"}]}
+        for _ in range(2)
+    ]
+    short = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    data = (
+        DataSpec.messages(short).with_max_length(64).hold_out(DataSpec.messages(long).with_max_length(1024).pack())
+    )
+    corpus = read_corpus(data, TrainingSpec(), encoder)
+    assert corpus.report.held_out == 2
+    assert len(corpus.held_out.rows()) == 1

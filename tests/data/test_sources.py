@@ -86,7 +86,8 @@ def test_a_file_that_is_missing_is_named(tmp_path):
     """A missing file and a folder in its place are errors of the data with the path."""
     gone = tmp_path / "gone.jsonl"
     with pytest.raises(
-        DataError, match=r"gone\.jsonl: cannot be read: No such file or directory\n  Fix: a JSONL file"
+        DataError,
+        match=r"gone\.jsonl: cannot be read: No such file or directory\n  Fix: a JSONL file",
     ):
         list(read_rows(DataSpec.messages(gone)))
     with pytest.raises(DataError, match=r"cannot be read: Is a directory") as caught:

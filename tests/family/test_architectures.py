@@ -124,7 +124,8 @@ def test_transformers_reads_a_config_and_writes_an_equal_one(name: str, text_onl
 
 
 @pytest.mark.parametrize(
-    "class_name", ["Qwen3_5Config", "Qwen3_5MoeConfig", "Qwen3_5TextConfig", "Qwen3_5MoeTextConfig"]
+    "class_name",
+    ["Qwen3_5Config", "Qwen3_5MoeConfig", "Qwen3_5TextConfig", "Qwen3_5MoeTextConfig"],
 )
 def test_fields_left_out_have_the_defaults_of_transformers(class_name: str) -> None:
     """A file with a model type and nothing else is read as transformers reads it."""
@@ -215,7 +216,10 @@ def test_a_missing_field_is_named(config: dict[str, object], message: str) -> No
     ],
 )
 def test_an_ill_typed_field_is_named_by_its_path(
-    section: str | None, field: str, value: object, expected: str
+    section: str | None,
+    field: str,
+    value: object,
+    expected: str,
 ) -> None:
     """The message gives the path of the field, what stands there and what was expected."""
     config = FAMILY["qwen3.5-9b"].to_config()
@@ -229,7 +233,8 @@ def test_an_ill_typed_field_is_named_by_its_path(
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("rope_theta", "1e7"), ("partial_rotary_factor", 0), ("mrope_section", [11, 11.5])]
+    ("field", "value"),
+    [("rope_theta", "1e7"), ("partial_rotary_factor", 0), ("mrope_section", [11, 11.5])],
 )
 def test_an_ill_typed_rope_field_is_named_by_its_path(field: str, value: object) -> None:
     """A field two objects deep carries both in its path."""

@@ -37,7 +37,8 @@ def test_names_and_shapes_are_those_of_the_text_only_class(name: str, on_meta: B
 
 
 def test_uneven_sizes_give_the_names_and_shapes_of_the_real_class(
-    tiny_architecture: Architecture, on_meta: Build
+    tiny_architecture: Architecture,
+    on_meta: Build,
 ) -> None:
     """No two sizes are equal here, so a swapped dimension would show."""
     assert named_shapes(tiny_architecture) == shapes_of(on_meta(tiny_architecture))
@@ -45,7 +46,9 @@ def test_uneven_sizes_give_the_names_and_shapes_of_the_real_class(
 
 @pytest.mark.parametrize("layer_type", [FULL_ATTENTION, LINEAR_ATTENTION])
 def test_a_model_of_one_kind_of_layer_has_no_weight_of_the_other(
-    layer_type: str, tiny_architecture: Architecture, on_meta: Build
+    layer_type: str,
+    tiny_architecture: Architecture,
+    on_meta: Build,
 ) -> None:
     """A kind of layer that does not occur leaves no weights and no role behind."""
     row = attrs.evolve(tiny_architecture, layer_types=(layer_type,) * tiny_architecture.layers)

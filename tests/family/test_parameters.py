@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # peft 0.21 asks transformers 5.23 for its state of checkpointing by the deprecated name.
 peft_asks_by_an_old_name = pytest.mark.filterwarnings(
-    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning:transformers.modeling_utils"
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning:transformers.modeling_utils",
 )
 
 # Billions of parameters that transformers 5.23 builds for each size, without mtp.*.
@@ -74,7 +74,12 @@ def test_a_tied_head_counts_once() -> None:
 
 
 def peft_model(
-    model: torch.nn.Module, architecture: Architecture, roles: tuple[str, ...], rank: int, *, dora: bool
+    model: torch.nn.Module,
+    architecture: Architecture,
+    roles: tuple[str, ...],
+    rank: int,
+    *,
+    dora: bool,
 ):
     import peft
 
@@ -95,7 +100,9 @@ def trainable(model: torch.nn.Module) -> int:
 @peft_asks_by_an_old_name
 @pytest.mark.parametrize("text_only", [False, True])
 def test_lora_adds_to_each_role_what_peft_makes(
-    text_only: bool, tiny_architecture: Architecture, on_cpu: Build
+    text_only: bool,
+    tiny_architecture: Architecture,
+    on_cpu: Build,
 ) -> None:
     """The count of a role is that of the adapter which peft builds from the targets of the role."""
     row = tiny_architecture.text_only() if text_only else tiny_architecture

@@ -119,7 +119,7 @@ def test_output_and_gradients_equal_the_torch_rule_of_transformers(transformers_
 @pytest.mark.parametrize("seed", range(5))
 def test_random_layouts_equal_the_torch_rule_of_transformers(transformers_rule, seed):
     """Any mixture of lengths gives what transformers gives document by document."""
-    draw = random.Random(seed)  # noqa: S311 - test data
+    draw = random.Random(seed)
     layout = SequenceLayout([draw.choice([1, 2, 5, 40, 64, 100, 128, 191]) for _ in range(draw.randint(1, 12))])
     inputs = make_inputs(layout.total, dims=(60, 68), seed=seed)
     assert_close(
@@ -170,7 +170,7 @@ def test_initial_and_final_states_carry_gradients(lengths):
     layout = SequenceLayout(lengths)
     inputs = make_inputs(layout.total)
     inputs.append(
-        torch.randn(len(lengths), 4, 32, 48, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        torch.randn(len(lengths), 4, 32, 48, generator=torch.Generator().manual_seed(3)).requires_grad_(),
     )
 
     def run(rule):

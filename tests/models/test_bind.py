@@ -89,7 +89,9 @@ def test_activation_checkpointing_recomputes_every_layer(dense_checkpoint):
             model.activation_checkpointing_enable({"use_reentrant": False})
         batch = batch_of(documents([20, 30]))
         supervised_loss(
-            hidden_states(model, batch.input_ids, batch.layout), model.lm_head, batch.labels
+            hidden_states(model, batch.input_ids, batch.layout),
+            model.lm_head,
+            batch.labels,
         ).backward()
         calls[checkpointing] = count
     assert calls == {False: 3, True: 6}

@@ -14,7 +14,9 @@ from qwenft.models.load import load_model, load_tokenizer
 def test_text_half_never_allocates_the_tower(dense_checkpoint):
     """Without vision the model has no tower at all."""
     model = load_model(
-        dense_checkpoint, architecture_of(qf.ModelSpec(dense_checkpoint)).text_only(), dtype="float32"
+        dense_checkpoint,
+        architecture_of(qf.ModelSpec(dense_checkpoint)).text_only(),
+        dtype="float32",
     )
     assert not [name for name, _ in model.named_parameters() if "visual" in name]
     assert not [name for name, _ in model.named_parameters() if "mtp" in name]
@@ -44,7 +46,9 @@ def test_missing_weights_are_an_error(dense_checkpoint, tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(qf.CheckpointError, match=r"1 weights.*layers\.1\.mlp\.up_proj\.weight"):
         load_model(
-            tmp_path / "copy", architecture_of(qf.ModelSpec(tmp_path / "copy")).text_only(), dtype="float32"
+            tmp_path / "copy",
+            architecture_of(qf.ModelSpec(tmp_path / "copy")).text_only(),
+            dtype="float32",
         )
 
 
@@ -55,7 +59,9 @@ def test_a_damaged_file_is_an_error(dense_checkpoint, tmp_path):
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(qf.CheckpointError, match="damaged"):
         load_model(
-            tmp_path / "copy", architecture_of(qf.ModelSpec(tmp_path / "copy")).text_only(), dtype="float32"
+            tmp_path / "copy",
+            architecture_of(qf.ModelSpec(tmp_path / "copy")).text_only(),
+            dtype="float32",
         )
 
 

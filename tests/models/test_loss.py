@@ -37,7 +37,9 @@ def test_loss_and_gradients_equal_full_cross_entropy(monkeypatch, chunk_bytes, t
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
     inputs = [hidden, head.weight] if trains_head else [hidden]
     for mine, reference in zip(
-        torch.autograd.grad(2.5 * got, inputs), torch.autograd.grad(2.5 * wanted, inputs), strict=True
+        torch.autograd.grad(2.5 * got, inputs),
+        torch.autograd.grad(2.5 * wanted, inputs),
+        strict=True,
     ):
         torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-6)
 
@@ -61,7 +63,10 @@ def test_a_head_that_is_a_module_gives_the_same(monkeypatch):
     wanted = _reference(hidden, head, labels, weights)
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
     torch.testing.assert_close(
-        torch.autograd.grad(got, hidden)[0], torch.autograd.grad(wanted, hidden)[0], rtol=1e-5, atol=1e-6
+        torch.autograd.grad(got, hidden)[0],
+        torch.autograd.grad(wanted, hidden)[0],
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 
@@ -82,7 +87,9 @@ def test_logits_are_made_for_supervised_tokens_alone(monkeypatch):
     rows = []
     original = torch.Tensor.logsumexp
     monkeypatch.setattr(
-        torch.Tensor, "logsumexp", lambda self, *a, **k: (rows.append(self.shape[0]), original(self, *a, **k))[1]
+        torch.Tensor,
+        "logsumexp",
+        lambda self, *a, **k: (rows.append(self.shape[0]), original(self, *a, **k))[1],
     )
     supervised_loss(hidden, head, labels)
     assert rows == [int((labels != -100).sum())]

@@ -46,7 +46,9 @@ def test_bfloat16_storage_computes_in_float32(checkpoint):
     upcast = bound(checkpoint, dtype="bfloat16", compute="float32").float()
     with torch.no_grad():
         for got, wanted in zip(
-            packed_logits(stored, documents()), packed_logits(upcast, documents()), strict=True
+            packed_logits(stored, documents()),
+            packed_logits(upcast, documents()),
+            strict=True,
         ):
             assert got.dtype == torch.float32
             assert relative(got, wanted) < 1e-6
@@ -63,7 +65,10 @@ def test_float32_islands_survive_bfloat16_loading(checkpoint):
 def test_sorted_experts_equal_the_experts_of_transformers():
     """Experts over sorted tokens give output and gradients of transformers' loop over experts."""
     config = moe.Qwen3_5MoeTextConfig(
-        hidden_size=16, moe_intermediate_size=8, num_experts=6, num_experts_per_tok=2
+        hidden_size=16,
+        moe_intermediate_size=8,
+        num_experts=6,
+        num_experts_per_tok=2,
     )
     config._experts_implementation = "eager"
     torch.manual_seed(0)

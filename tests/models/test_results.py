@@ -52,7 +52,7 @@ def _logits(run, model):
     with torch.no_grad():
         mine = run.prepared.logits(batch)
         theirs = torch.cat(
-            [model(input_ids=ids[None]).logits[0] for ids in batch.input_ids.split(batch.layout.lengths)]
+            [model(input_ids=ids[None]).logits[0] for ids in batch.input_ids.split(batch.layout.lengths)],
         )
     return mine, theirs
 

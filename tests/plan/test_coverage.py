@@ -100,7 +100,10 @@ def test_the_state_of_a_lora_counts_by_hand():
     held = sum(weight.count for weight in inventory(DENSE))
     gdn = 48 * (2 * DENSE.gdn_value_heads + DENSE.gdn_value_dim)  # A_log, dt_bias, norm
     expected = StateBytes(
-        weights=2 * held + 2 * gdn, trained=4 * trained, gradients=4 * trained, optimizer=8 * trained
+        weights=2 * held + 2 * gdn,
+        trained=4 * trained,
+        gradients=4 * trained,
+        optimizer=8 * trained,
     )
     assert state_bytes(DENSE, LORA, "bfloat16") == expected
     assert state_bytes(DENSE, LORA, "bfloat16").total == expected.weights + 16 * trained

@@ -140,7 +140,7 @@ def test_a_role_that_the_model_lacks(adapter, place):
     text = one(recipe("qwen3.5-27b", adapter=adapter), place)
     assert text.startswith(
         f'{place}: "routed_experts" does not exist in qwen3.5-27b (dense). '
-        "Roles here: full_attention, linear_attention, linear_attention_gates, mlp, "
+        "Roles here: full_attention, linear_attention, linear_attention_gates, mlp, ",
     )
     assert "\n     Fix: .on('full_attention', 'linear_attention', " in text
     assert found(recipe("qwen3.5-35b-a3b", adapter=adapter.on("routed_experts")), place) == []
@@ -251,7 +251,8 @@ def test_nothing_is_trained():
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "fix"), [("dropout", 0.1, "dropout=0.0"), ("dora", True, "dora=False")]
+    ("option", "value", "fix"),
+    [("dropout", 0.1, "dropout=0.0"), ("dora", True, "dora=False")],
 )
 def test_what_lora_cannot_do_on_bare_parameters(option, value, fix):
     """Peft applies neither dropout nor DoRA to expert stacks and routers."""
@@ -268,7 +269,8 @@ def test_lora_on_tied_embeddings():
     loose = next(name for name, row in FAMILY.items() if not row.tied)
     adapter = AdapterSpec.lora().on("embeddings")
     assert f'"embeddings" of {tied} would leave its tied head behind' in one(
-        recipe(tied, adapter=adapter), "adapter.on"
+        recipe(tied, adapter=adapter),
+        "adapter.on",
     )
     assert found(recipe(loose, adapter=adapter), "adapter.on") == []
     assert found(recipe(tied, adapter=AdapterSpec.full().on("embeddings")), "adapter.on") == []
@@ -278,7 +280,7 @@ def test_what_is_not_adapted_is_told():
     """A LoRA names the roles that it does not reach; full fine-tuning has no such note."""
     text = one(recipe("qwen3.5-35b-a3b"), "adapter", "note")
     assert text.startswith(
-        "adapter: not adapted: linear_attention_gates, routed_experts, router, embeddings, lm_head"
+        "adapter: not adapted: linear_attention_gates, routed_experts, router, embeddings, lm_head",
     )
     assert found(recipe("qwen3.5-35b-a3b", adapter=AdapterSpec.full()), "adapter", "note") == []
 
@@ -308,7 +310,7 @@ def test_a_backend_that_cannot_compute_the_model():
     half = AttentionSpec(full=Windowed(needs_half_precision=True))
     float32 = recipe(ModelSpec("qwen3.5-4b", dtype="float32"), attention=half)
     assert one(float32, "attention.full").startswith(
-        "attention.full: windowed computes in 16 bits only, the model in float32"
+        "attention.full: windowed computes in 16 bits only, the model in float32",
     )
     assert found(recipe(attention=half), "attention.full", machine=GPU) == []
 
@@ -318,7 +320,9 @@ def test_a_backend_that_is_not_installed_blocks():
     plan = recipe(attention=AttentionSpec(full=Windowed(usable=False)), data=DATA).compile(GPU)
     finding = next(f for f in plan.findings if f.place == "attention.full")
     assert finding == blocked(
-        "attention.full", "windowed is not available: no kernel for cuda", "pip install windowed"
+        "attention.full",
+        "windowed is not available: no kernel for cuda",
+        "pip install windowed",
     )
 
 
@@ -386,10 +390,10 @@ def test_a_run_needs_weights_data_and_this_machine(checkpoint):
     asked = recipe("qwen3.5-4b")
     assert one(asked, "model.source", "blocked").startswith(
         "model.source: 'qwen3.5-4b' names an architecture and no weights\n"
-        '     Fix: ModelSpec("Qwen/Qwen3.5-4B") or a checkpoint folder'
+        '     Fix: ModelSpec("Qwen/Qwen3.5-4B") or a checkpoint folder',
     )
     assert one(asked, "data", "blocked").startswith(
-        "data: there is nothing to train on\n     Fix: recipe.with_data("
+        "data: there is nothing to train on\n     Fix: recipe.with_data(",
     )
     assert one(asked, "machine", "blocked", GPU) == (
         "machine: the plan is for H100-80GB, not for this machine\n     Fix: recipe.compile()"
@@ -415,7 +419,7 @@ def test_the_head_of_each_source_is_checked(place, tmp_path):
     bad = DataSpec.messages([str(path)])
     text = one(recipe(data=bad if place == "data.source" else DATA.hold_out(bad)), place)
     assert text.startswith(
-        f"{place}: {path}, row 1: messages[0]: expected a role of system, user, assistant, tool"
+        f"{place}: {path}, row 1: messages[0]: expected a role of system, user, assistant, tool",
     )
 
 
@@ -494,13 +498,15 @@ def test_a_run_folder_that_is_taken_is_told_before_the_plan_is_run(tmp_path):
 def test_a_folder_that_is_no_checkpoint(tmp_path, checkpoint):
     """A folder without config or weights, and one with a broken config, are refused with what is missing."""
     with pytest.raises(
-        CheckpointError, match=r"is no checkpoint: it holds no config\.json\n  Fix: a checkpoint folder"
+        CheckpointError,
+        match=r"is no checkpoint: it holds no config\.json\n  Fix: a checkpoint folder",
     ):
         recipe(ModelSpec(tmp_path)).compile()
     folder = checkpoint()
     (folder / "model.safetensors").unlink()
     with pytest.raises(
-        CheckpointError, match=r"it holds no model\.safetensors or model\.safetensors\.index\.json"
+        CheckpointError,
+        match=r"it holds no model\.safetensors or model\.safetensors\.index\.json",
     ):
         recipe(ModelSpec(folder)).compile()
     (folder / "model.safetensors").touch()

@@ -71,21 +71,29 @@ def test_a_backend_of_another_module_is_not_imported_unasked():
         Codec(None).load({"full": {"class": "qwenft_like:Fly", "fields": {}}}, AttentionSpec)
 
 
-def test_a_backend_that_cannot_be_found_again_is_not_saved():
+def test_a_backend_that_cannot_be_found_again_is_not_saved(tmp_path):
     """Classes of __main__ and of functions are refused with what to do, and so are fields that JSON lacks."""
     notebook = type("Mine", (Windowed,), {"__module__": "__main__"})
     message = r"Mine is defined in __main__ .*\n  Fix: .*%%writefile my_backend\.py.*from my_backend import Mine"
     with pytest.raises(SpecError, match=message):
-        Codec(None).dump(AttentionSpec(full=notebook()))
+        Codec(tmp_path).dump(AttentionSpec(full=notebook()))
 
     class Local(EagerAttention):
         pass
 
     with pytest.raises(SpecError, match=r"Local is defined inside a function"):
-        Codec(None).dump(AttentionSpec(full=Local()))
+        Codec(tmp_path).dump(AttentionSpec(full=Local()))
     for shape in (object(), (1, 2)):
         with pytest.raises(SpecError, match=r"Windowed\(width=4, shape=.* has fields that JSON cannot hold"):
-            Codec(None).dump(AttentionSpec(full=Windowed(shape=shape)))
+            Codec(tmp_path).dump(AttentionSpec(full=Windowed(shape=shape)))
+
+
+def test_a_description_refuses_no_backend():
+    """What is described and not saved may hold any backend, so that plans have fingerprints."""
+    notebook = type("Mine", (Windowed,), {"__module__": "__main__"})
+    described = Codec(None).dump(AttentionSpec(full=notebook()))
+    assert described["full"]["class"] == "__main__:Mine"
+    assert json.dumps(described)
 
 
 @pytest.mark.parametrize(

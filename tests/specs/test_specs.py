@@ -92,7 +92,11 @@ def test_the_two_kinds_of_adapter():
     """lora() and full() differ in kind, and lora() takes its options by name and place."""
     assert AdapterSpec.full().kind == "full"
     assert AdapterSpec.lora(8, 16, 0.1, True, True) == AdapterSpec.lora(
-        rank=8, alpha=16, dropout=0.1, rslora=True, dora=True
+        rank=8,
+        alpha=16,
+        dropout=0.1,
+        rslora=True,
+        dora=True,
     )
     assert AdapterSpec.lora(rank=8).with_rank(mlp=2).rank_of("mlp") == 2
     assert AdapterSpec.lora(rank=8).with_rank(mlp=2).rank_of("router") == 8

@@ -191,5 +191,7 @@ def test_the_template_renders_without_the_whitespace_options_of_transformers():
     plain = jinja2.Environment()  # noqa: S701 - a prompt is no web page
     messages = CONVERSATIONS["two rounds of tools"]
     assert plain.from_string(chat_template()).render(messages=messages, add_generation_prompt=True) == render(
-        FAMILY, messages, add_generation_prompt=True
+        FAMILY,
+        messages,
+        add_generation_prompt=True,
     )

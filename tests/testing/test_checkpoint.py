@@ -200,7 +200,13 @@ def test_a_log_can_be_set(tmp_path):
 def test_sizes_texts_and_vocabulary_are_the_callers(tmp_path):
     """The model has the sizes that were asked for, and the tokenizer is trained on the given texts."""
     sizes = TinySizes(
-        hidden=128, ffn=320, layers=8, heads=6, head_dim=64, linear_head_dim=32, initializer_range=0.02
+        hidden=128,
+        ffn=320,
+        layers=8,
+        heads=6,
+        head_dim=64,
+        linear_head_dim=32,
+        initializer_range=0.02,
     )
     folder = tiny_checkpoint(tmp_path / "base", sizes=sizes, vocabulary=300, texts=["zyzzyva " * 20])
     text = AutoConfig.from_pretrained(folder).text_config
@@ -224,7 +230,9 @@ def test_sizes_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("argument", "value"), [("kind", "sparse"), ("dtype", "float64"), ("experts", "stacked")], ids=str
+    ("argument", "value"),
+    [("kind", "sparse"), ("dtype", "float64"), ("experts", "stacked")],
+    ids=str,
 )
 def test_an_unknown_word_is_refused(tmp_path, argument, value):
     """A kind, dtype or layout that does not exist is refused with those that do, and nothing is written."""
@@ -237,7 +245,8 @@ def test_an_occupied_path_is_refused(tmp_path):
     """A folder that holds something is left as it is, and the error says what to do."""
     (tmp_path / "mine").write_text("precious")
     with pytest.raises(
-        CheckpointError, match="is not an empty folder\n  Fix: remove it, or name another path"
+        CheckpointError,
+        match="is not an empty folder\n  Fix: remove it, or name another path",
     ) as error:
         tiny_checkpoint(tmp_path)
     assert error.value.path == tmp_path

@@ -85,7 +85,8 @@ def test_a_folder_without_a_config_is_refused(tmp_path):
 def test_a_failure_shows_what_stock_said(checkpoint):
     """Where the fresh process fails its last words are in the message."""
     with pytest.raises(
-        QwenftError, match=r"stock transformers failed with exit status 1:\n(.|\n)*index out of range"
+        QwenftError,
+        match=r"stock transformers failed with exit status 1:\n(.|\n)*index out of range",
     ):
         stock_logits(checkpoint, [[100_000]])
 

@@ -93,7 +93,9 @@ def test_nothing_is_added_around_a_text(tokenizer):
 def test_the_template_is_attached(tokenizer):
     """apply_chat_template works at once and defaults to no thinking."""
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+        [{"role": "user", "content": "Hi"}],
+        tokenize=False,
+        add_generation_prompt=True,
     )
     assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 

@@ -55,6 +55,51 @@ def test_gradients_do_not_depend_on_the_micro_batches(checkpoint):
             assert deviation < 1e-5, name
 
 
+def test_a_step_does_not_depend_on_the_micro_batches(dense_checkpoint):
+    """Uneven micro-batches give a step the loss and the gradient norm of one large one."""
+    results = []
+    for sizes in ((9,), (1, 5, 3), (2, 7)):
+        prepared = recipe(dense_checkpoint).compile().prepare()
+        documents = iter(prepared.corpus.train.documents[:9])
+        batches = [Batch.from_documents([next(documents) for _ in range(size)]) for size in sizes]
+        results.append(prepared.step(batches))
+    for result in results[1:]:
+        assert result.loss == pytest.approx(results[0].loss, rel=1e-5)
+        assert result.grad_norm == pytest.approx(results[0].grad_norm, rel=1e-5)
+        assert result.tokens == results[0].tokens
+
+
+def test_activation_checkpointing_is_what_the_recipe_says(dense_checkpoint):
+    """A prepared step computes each Gated DeltaNet layer twice with checkpointing and once without."""
+    calls = []
+
+    class Counting(qf.backends.TorchDeltaRule):
+        def delta_rule(self, *args, **kwargs):
+            calls.append(1)
+            return super().delta_rule(*args, **kwargs)
+
+    for checkpointing, expected in ((True, 6), (False, 3)):
+        calls.clear()
+        asked = recipe(dense_checkpoint, activation_checkpointing=checkpointing).with_attention(linear=Counting())
+        prepared = asked.compile().prepare()
+        prepared.step(next(prepared.batches())[:1])
+        assert len(calls) == expected
+
+
+def test_a_backend_of_a_notebook_trains(dense_checkpoint, tmp_path):
+    """A backend that a saved recipe could not find again trains all the same; the plan says what is not kept."""
+
+    class Mine(qf.backends.SdpaAttention):
+        name = "mine"
+
+    plan = recipe(dense_checkpoint, max_steps=1).with_attention(full=Mine()).compile()
+    assert "no recipe.json" in plan.explain()
+    plan.train(tmp_path / "run", progress=False)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert "recipe.json" not in names
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["attention"]["full"] == "mine"
+
+
 def test_weights_reach_the_loss(dense_checkpoint):
     """The weight of a position scales its part of the loss, and the tokens that the mean divides by."""
     prepared = recipe(dense_checkpoint).compile().prepare()
@@ -82,8 +127,8 @@ def test_clipping_limits_the_update(dense_checkpoint):
     seen = []
     prepared.optimizer.register_step_pre_hook(
         lambda optimizer, *_: seen.append(
-            math.sqrt(sum(p.grad.square().sum().item() for g in optimizer.param_groups for p in g["params"]))
-        )
+            math.sqrt(sum(p.grad.square().sum().item() for g in optimizer.param_groups for p in g["params"])),
+        ),
     )
     result = prepared.step(next(prepared.batches()))
     assert result.grad_norm > 1e-2
@@ -159,6 +204,6 @@ def test_wrong_data_stops_before_any_weight_is_read(dense_checkpoint, tmp_path, 
     (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     monkeypatch.setattr("qwenft.training.prepare.load_model", lambda *_, **__: pytest.fail("weights were read"))
     plan = recipe(dense_checkpoint).with_data(qf.DataSpec.messages(tmp_path / "chats.jsonl")).compile()
-    with pytest.raises(qf.DataError, match="row 21: .*narrator"):
+    with pytest.raises(qf.DataError, match=r"row 21: .*narrator"):
         plan.train(tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()

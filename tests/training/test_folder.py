@@ -72,7 +72,8 @@ def test_what_is_there_is_not_overwritten(tmp_path, taken):
         lambda path: new_folder(path).__enter__(),
     ):
         with pytest.raises(
-            CheckpointError, match=r"run exists already, and is not overwritten\n  Fix: .*run-2"
+            CheckpointError,
+            match=r"run exists already, and is not overwritten\n  Fix: .*run-2",
         ) as caught:
             attempt(place)
         assert caught.value.path == place
