@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import qwenft as qf
+from qwenft.data.sources import conversation, read_rows
 from qwenft.errors import DataError
 from qwenft.testing.checkpoint import TinySizes, tiny_checkpoint
 
-MAX_LENGTH = 256
 ROW_TOKENS = 1024
 QUESTIONS = ("Hi, how are you?", "What did you do today?", "Do you like music?")
 _SIZES = TinySizes(hidden=128, ffn=320, linear_head_dim=32, initializer_range=0.02)
 
 
-def chitchat_messages() -> list[list[dict[str, str]]]:
+def chitchat_messages() -> list[list[dict[str, Any]]]:
     """The conversations of two people, one the user and the other the assistant, in a fixed random order.
 
     Consecutive texts of one person are joined to one turn; who speaks first is the user.
@@ -42,7 +42,7 @@ def chitchat_messages() -> list[list[dict[str, str]]]:
     return conversations
 
 
-def _messages(turns: list[list[dict[str, str]]]) -> list[dict[str, str]]:
+def _messages(turns: list[list[dict[str, Any]]]) -> list[dict[str, str]]:
     messages: list[dict[str, str]] = []
     speaker = None
     for text in (text for turn in turns for text in turn):
@@ -57,9 +57,9 @@ def _messages(turns: list[list[dict[str, str]]]) -> list[dict[str, str]]:
     return messages
 
 
-def pieces(messages: list[dict[str, str]], characters: int = 500) -> list[list[dict[str, str]]]:
+def pieces(messages: list[dict[str, Any]], characters: int = 500) -> list[list[dict[str, Any]]]:
     """A long conversation as several, each of whole exchanges and about so many characters."""
-    found: list[list[dict[str, str]]] = [[]]
+    found: list[list[dict[str, Any]]] = [[]]
     for user, assistant in zip(messages[::2], messages[1::2], strict=False):
         size = sum(len(message["content"]) for message in found[-1])
         if found[-1] and size + len(user["content"]) + len(assistant["content"]) > characters:
@@ -68,12 +68,17 @@ def pieces(messages: list[dict[str, str]], characters: int = 500) -> list[list[d
     return [piece for piece in found if piece]
 
 
-def is_brief(messages: list[dict[str, str]], characters: int = 40) -> bool:
+def read_messages(path: Path) -> list[list[dict[str, Any]]]:
+    """The conversations of a JSONL file of your own, checked."""
+    return [conversation(row, "messages") for row in read_rows(qf.DataSpec.messages(path))]
+
+
+def is_brief(messages: list[dict[str, Any]], characters: int = 40) -> bool:
     """Whether every answer takes a few words only: a manner that an adapter can learn."""
     return all(len(m["content"]) <= characters for m in messages if m["role"] == "assistant")
 
 
-def write_rows(path: Path, conversations: list[list[dict[str, str]]]) -> Path:
+def write_rows(path: Path, conversations: list[list[dict[str, Any]]]) -> Path:
     """Write conversations as JSONL."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as lines:
@@ -91,10 +96,10 @@ def free_folder(wanted: Path) -> Path:
     return path
 
 
-def data_spec(path: Path, held_out: Any) -> qf.DataSpec:
-    """Packed conversations with some held out."""
-    spec = qf.DataSpec.messages(path).with_max_length(MAX_LENGTH)
-    return spec.pack(row_tokens=ROW_TOKENS).hold_out(held_out)
+def data_spec(path: Path, held_out: float, *, own: bool) -> qf.DataSpec:
+    """Packed conversations with some held out; short ones, for a tiny model, unless they are your own."""
+    length, row_tokens = (2048, 2048) if own else (256, ROW_TOKENS)
+    return qf.DataSpec.messages(path).with_max_length(length).pack(row_tokens=row_tokens).hold_out(held_out)
 
 
 def train(title: str, recipe: qf.Recipe, folder: Path) -> qf.Run:
@@ -109,53 +114,51 @@ def train(title: str, recipe: qf.Recipe, folder: Path) -> qf.Run:
     return run
 
 
-def make_base(folder: Path, conversations: list[list[dict[str, str]]], steps: int) -> Path:
+def make_base(folder: Path, conversations: list[list[dict[str, Any]]], steps: int, *, own: bool) -> Path:
     """A tokenizer and a tiny base, trained in full on these conversations."""
     texts = [message["content"] for messages in conversations for message in messages]
-    half = len(conversations) // 2
-    base_rows = write_rows(folder / "data" / "base.jsonl", conversations[:half])
+    rows = write_rows(folder / "data" / "base.jsonl", conversations)
     untrained = tiny_checkpoint(folder / "untrained", texts=texts, vocabulary=2048, sizes=_SIZES)
+    data = data_spec(rows, 0.03, own=own)
     recipe = qf.Recipe(
         qf.ModelSpec(untrained, dtype="float32"),
-        data_spec(base_rows, 0.03),
+        data,
         qf.AdapterSpec.full(),
         training=qf.TrainingSpec(
             max_steps=steps,
-            tokens_per_step=ROW_TOKENS,
+            tokens_per_step=data.capacity,
             learning_rate=1e-2,
             weight_decay=0.01,
             activation_checkpointing=False,
         ),
     )
-    run = train("A tiny base, trained in full", recipe, folder / "base")
-    return run.folder / "model"
+    return train("A tiny base, trained in full", recipe, folder / "base").folder / "model"
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the quickstart."""
     options = _parse(arguments)
     folder = free_folder(Path(options.run_dir))
-    if options.data is None:
-        conversations = [piece for messages in chitchat_messages() for piece in pieces(messages)]
-        brief = [messages for messages in conversations[len(conversations) // 2 :] if is_brief(messages)]
-        adapter_rows = write_rows(folder / "data" / "adapter.jsonl", brief)
-    else:
-        adapter_rows = Path(options.data)
-        conversations = []
-    model = options.model
+    own = options.data is not None
+    title = "A LoRA on your conversations" if own else "A LoRA on other conversations, with brief answers"
+    conversations = read_messages(Path(options.data)) if own else chitchat_messages()
+    if not own:
+        conversations = [piece for messages in conversations for piece in pieces(messages)]
+    model, dtype, learning_rate = options.model, "bfloat16", 2e-4
     if model is None:
-        model = make_base(folder, conversations or _conversations(adapter_rows), options.base_steps)
+        half = len(conversations) // 2
+        model = make_base(folder, conversations[:half], options.base_steps, own=own)
+        dtype, learning_rate, conversations = "float32", 5e-3, conversations[half:]
+    if not own:
+        conversations = [messages for messages in conversations if is_brief(messages)]
+    rows = write_rows(folder / "data" / "adapter.jsonl", conversations)
     recipe = qf.Recipe(
-        qf.ModelSpec(model, dtype="float32" if options.model is None else "bfloat16"),
-        data_spec(adapter_rows, 0.05),
+        qf.ModelSpec(model, dtype=dtype),
+        data_spec(rows, 0.05, own=own),
         qf.AdapterSpec.lora(rank=16, alpha=32),
-        training=qf.TrainingSpec(max_steps=options.steps, learning_rate=5e-3 if options.model is None else 2e-4),
+        training=qf.TrainingSpec(max_steps=options.steps, learning_rate=learning_rate),
     )
-    run = train(
-        "A LoRA on other conversations" if options.data else "A LoRA on conversations with brief answers",
-        recipe,
-        folder / "adapter-run",
-    )
+    run = train(title, recipe, folder / "adapter-run")
     print("\nSample answers")
     sampling: dict[str, Any] = {"max_new_tokens": 40, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
     for question in QUESTIONS:
@@ -165,18 +168,12 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\nEverything lies in {folder}; the adapter, for stock peft, in {run.adapter_path}")
 
 
-def _conversations(path: Path) -> list[list[dict[str, str]]]:
-    from qwenft.data.sources import conversation, read_rows
-
-    return [conversation(row, "messages") for row in read_rows(qf.DataSpec.messages(path))]
-
-
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m qwenft.quickstart", description=__doc__)
     parser.add_argument("--data", help="a JSONL file of conversations instead of chitchat-dataset")
     parser.add_argument("--model", help="a checkpoint folder or hub id instead of the tiny base")
     parser.add_argument("--run-dir", default="runs/quickstart", help="where everything is left")
-    parser.add_argument("--base-steps", type=int, default=1200, help="steps that the tiny base is trained")
+    parser.add_argument("--base-steps", type=int, default=1000, help="steps that the tiny base is trained")
     parser.add_argument("--steps", type=int, default=100, help="steps that the adapter is trained")
     return parser.parse_args(arguments)
 

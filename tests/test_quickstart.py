@@ -65,6 +65,22 @@ def test_own_data_and_model_go_through_the_same_path(dense_checkpoint, tmp_path,
         assert part in printed
 
 
+def test_own_data_without_a_model_make_a_base_from_one_half(tmp_path):
+    """With --data alone the base is made from one half of the conversations, and the adapter from the other."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}]}
+        for n in range(80)
+    ]
+    (tmp_path / "own.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    arguments = ["--data", str(tmp_path / "own.jsonl"), "--run-dir", str(tmp_path / "run")]
+    quickstart.main([*arguments, "--steps", "1", "--base-steps", "2"])
+    halves = [
+        [json.loads(line) for line in (tmp_path / "run" / "data" / name).read_text().splitlines()]
+        for name in ("base.jsonl", "adapter.jsonl")
+    ]
+    assert halves == [rows[:40], rows[40:]]
+
+
 def test_missing_data_is_named(tmp_path):
     """A file that is not there stops the quickstart before anything is made."""
     with pytest.raises(DataError, match=r"nowhere\.jsonl"):
