@@ -88,6 +88,11 @@ class Weight:
             return "parameter"
         return None
 
+    @property
+    def lora_name(self) -> str:
+        """The suffix by which peft finds it: of the module, or of the bare parameter."""
+        return f"{self.module_suffix}.{self.parameter}" if self.lora_target == "parameter" else self.module_suffix
+
     def module_names(self, *, text_only: bool = False) -> tuple[str, ...]:
         """The full name of its module in each layer.
 

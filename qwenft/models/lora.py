@@ -32,7 +32,7 @@ def lora_config(loaded: Architecture, adapter: AdapterSpec, source: str) -> peft
     """
     trained = trained_weights(loaded, adapter)
     names = {
-        target: {_suffix(entry.weight): entry.rank for entry in trained if entry.weight.lora_target == target}
+        target: {entry.weight.lora_name: entry.rank for entry in trained if entry.weight.lora_target == target}
         for target in ("module", "parameter")
     }
     return peft.LoraConfig(
@@ -90,11 +90,6 @@ def save_adapter(model: Any, folder: Path, checkpoint: Architecture, loaded: Arc
     trained_in, config.inference_mode = config.inference_mode, True
     config.save_pretrained(folder)
     config.inference_mode = trained_in
-
-
-def _suffix(weight: Any) -> str:
-    bare = weight.lora_target == "parameter"
-    return f"{weight.module_suffix}.{weight.parameter}" if bare else weight.module_suffix
 
 
 def _published(name: str) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from qwenft.family.inventory import Weight, inventory
-from qwenft.family.parameters import added_parameters
+from qwenft.family.parameters import added_parameters, parameter_counts
 from qwenft.family.roles import default_adapter_roles, roles_of
 
 if TYPE_CHECKING:
@@ -101,5 +101,5 @@ def _row(architecture: Architecture, role: str, trained: tuple[TrainedWeight, ..
         modules=tuple(dict.fromkeys(entry.weight.module_suffix for entry in of_role)),
         layers=len(layers),
         parameters=sum(entry.parameters for entry in of_role),
-        held=sum(weight.count for weight in inventory(architecture) if weight.role == role),
+        held=parameter_counts(architecture)[role],
     )

@@ -2,22 +2,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import attrs
 import pytest
 
-from qwenft.errors import SpecError
 from qwenft.family.architectures import FAMILY, Architecture
 from qwenft.family.inventory import inventory
 from qwenft.family.parameters import (
-    adaptable_roles,
-    lora_parameters,
-    lora_targets,
     parameter_counts,
     total_parameters,
 )
 from qwenft.family.roles import roles_of
+from qwenft.plan.coverage import coverage, trained_weights
+from qwenft.specs.adapter import AdapterSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     import torch
 
@@ -71,6 +70,33 @@ def test_a_tied_head_counts_once() -> None:
     counts = parameter_counts(FAMILY["qwen3.5-4b"])
     assert counts["embeddings"] == 248_320 * 2560
     assert "lm_head" not in counts
+
+
+@attrs.frozen
+class Targets:
+    """Suffixes for peft."""
+
+    modules: tuple[str, ...]
+    parameters: tuple[str, ...]
+
+
+def adaptable_roles(architecture: Architecture) -> tuple[str, ...]:
+    reached = {weight.role for weight in inventory(architecture) if weight.lora_target is not None}
+    return tuple(role for role in roles_of(architecture) if role in reached)
+
+
+def lora_parameters(architecture: Architecture, ranks: dict[str, int], *, dora: bool = False) -> dict[str, int]:
+    """What a plan counts for an adapter on these roles."""
+    adapter = AdapterSpec.lora(dora=dora).on(*ranks).with_rank(**ranks)
+    return {row.role: row.parameters for row in coverage(architecture, adapter) if row.role in ranks}
+
+
+def lora_targets(architecture: Architecture, roles: Iterable[str]) -> Targets:
+    """What a plan hands to peft for an adapter on these roles."""
+    weights = [entry.weight for entry in trained_weights(architecture, AdapterSpec.lora().on(*roles))]
+    return Targets(
+        *(tuple(w.lora_name for w in weights if w.lora_target == target) for target in ("module", "parameter"))
+    )
 
 
 def peft_model(
@@ -210,17 +236,3 @@ def test_targets_carry_their_parent() -> None:
         "merger.linear_fc2",
     )
     assert dense.parameters == ()
-
-
-def test_a_role_that_does_not_exist_is_told_with_those_that_do() -> None:
-    """The message names the model, its kind and its roles."""
-    expected = (
-        r'^"routed_experts" does not exist in qwen3\.5-27b \(dense\)\. '
-        r"Roles here: full_attention, linear_attention, linear_attention_gates, mlp, embeddings, lm_head, vision, "
-        r"vision_merger, norms$"
-    )
-    with pytest.raises(SpecError, match=expected):
-        lora_parameters(FAMILY["qwen3.5-27b"], {"mlp": 8, "routed_experts": 8})
-    with pytest.raises(SpecError, match=expected) as caught:
-        lora_targets(FAMILY["qwen3.5-27b"], ["mlp", "routed_experts"])
-    assert caught.value.got == "routed_experts"
