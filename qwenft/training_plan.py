@@ -19,7 +19,7 @@ from qwenft.machine import Machine
 from qwenft.models.checkpoint import architecture_of, checkpoint_folder, has_weights
 from qwenft.plan.choice import Choice, choose
 from qwenft.plan.coverage import CoverageRow, coverage, trained_weights
-from qwenft.plan.findings import Finding, error
+from qwenft.plan.findings import LEVELS, Finding, error
 from qwenft.plan.records import DataReport, StateBytes, state_bytes
 from qwenft.plan.rules import Draft, Slot, check
 from qwenft.specs.data import DataSpec
@@ -54,7 +54,8 @@ def compile_recipe(recipe: Recipe, machine: Machine | None, *, strict: bool) -> 
         compute_dtype=compute_dtype,
         slots=slots,
     )
-    findings = (*problems, *_data_problems(recipe.data), *check(draft))
+    found = [*problems, *_data_problems(recipe.data), *check(draft)]
+    findings = tuple(sorted(found, key=lambda finding: LEVELS.index(finding.level)))
     plan = TrainingPlan(recipe=recipe, draft=draft, findings=findings)
     errors = [finding for finding in findings if finding.level == "error"]
     if strict and errors:
@@ -119,7 +120,7 @@ class TrainingPlan:
     Args:
         recipe: what was asked.
         draft: what it was resolved to.
-        findings: all that the rules found, errors first to be raised, then what blocks and what is worth knowing.
+        findings: all that the rules found: errors first, then what blocks it here, then what is worth knowing.
     """
 
     recipe: Recipe

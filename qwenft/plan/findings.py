@@ -7,6 +7,7 @@ from typing import Literal
 import attrs
 
 Level = Literal["error", "blocked", "note"]
+LEVELS: tuple[Level, ...] = ("error", "blocked", "note")
 
 
 @attrs.frozen

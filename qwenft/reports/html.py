@@ -12,27 +12,41 @@ if TYPE_CHECKING:
 
     from qwenft.training_plan import TrainingPlan
 
-_CELL = "text-align:left;padding:2px 10px;vertical-align:top"
+# Numbers stand right; a finding keeps its line breaks, and a long line of code breaks rather than hang over.
+_CELL = "padding:2px 10px;vertical-align:top;white-space:pre-line;overflow-wrap:anywhere;text-align:"
 
 
 def render_plan(plan: TrainingPlan) -> str:
     """The whole plan as tables."""
-    findings = [(finding.level, finding.place, finding.problem, finding.fix or "") for finding in plan.findings]
+    findings = [
+        (
+            finding.level,
+            finding.place,
+            f"{finding.problem}\nFix: {finding.fix}" if finding.fix else finding.problem,
+        )
+        for finding in plan.findings
+    ]
     return "".join(
         [
-            '<div style="max-width:900px">',
+            '<div style="max-width:700px">',
             html_table((), facts(plan)),
-            html_table(("role", "modules", "layers", "trained", "of"), coverage_rows(plan)),
-            html_table(("", "where", "finding", "fix"), findings),
+            html_table(("role", "modules", "layers", "trained", "of"), coverage_rows(plan), right=(2, 3, 4)),
+            html_table(("", "where", "finding"), findings),
             "</div>",
         ]
     )
 
 
-def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """A table whose cells are text: whatever they hold is escaped."""
-    head = "".join(f'<th style="{_CELL}">{escape(cell)}</th>' for cell in header)
-    body = "".join(
-        "<tr>" + "".join(f'<td style="{_CELL}">{escape(cell)}</td>' for cell in row) + "</tr>" for row in rows
-    )
-    return f'<table style="margin:6px 0"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        sides = ["right" if column in right else "left" for column in range(len(cells))]
+        inner = "".join(
+            f'<{tag} style="{_CELL}{side}">{escape(cell)}</{tag}>' for side, cell in zip(sides, cells, strict=True)
+        )
+        return f"<tr>{inner}</tr>"
+
+    head = f"<thead>{line('th', header)}</thead>" if header else ""
+    body = "".join(line("td", row) for row in rows)
+    return f'<table style="margin:6px 0">{head}<tbody>{body}</tbody></table>'
