@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
     from qwenft.training_plan import TrainingPlan
 
-# Numbers stand right; a finding keeps its line breaks, and a long line of code breaks rather than hang over.
-_CELL = "padding:2px 10px;vertical-align:top;white-space:pre-line;overflow-wrap:anywhere;text-align:"
+# A finding keeps its line breaks; a word that is too long breaks rather than hang over.
+_CELL = "padding:2px 10px;vertical-align:top;white-space:pre-line;overflow-wrap:break-word;text-align:"
 
 
 def render_plan(plan: TrainingPlan) -> str:

@@ -63,7 +63,7 @@ def test_a_plan_is_shown_whole_and_escaped(tmp_path):
         assert f"{row.parameters:,}" in text
     for finding in plan.findings:
         assert finding.level in text
-        assert finding.problem in text
-        assert finding.fix is None or finding.fix in text
+        assert any(cell.startswith(finding.problem) for cell in text)
+        assert finding.fix is None or any(cell.endswith(finding.fix) for cell in text)
     assert SCRIPT in text
     assert any("got '<script>evil</script>'" in cell for cell in text)
