@@ -20,10 +20,7 @@ quickstart: .venv/.quickstart
 # Two workers of one thread each: more threads on two cores slow small kernels down.
 test: export OMP_NUM_THREADS = 1
 test: .venv/.dev
-	$(VENV)/ruff check .
-	$(VENV)/ruff format --check .
-	$(VENV)/mypy
-	$(VENV)/lint-imports
+	$(VENV)/pre-commit run --all-files --show-diff-on-failure
 	$(VENV)/python -m pytest -n 2 -m "not long" tests
 	$(VENV)/python -m pytest --doctest-modules qwenft
 

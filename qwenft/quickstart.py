@@ -119,7 +119,7 @@ def make_base(folder: Path, conversations: list[list[dict[str, Any]]], steps: in
     texts = [message["content"] for messages in conversations for message in messages]
     rows = write_rows(folder / "data" / "base.jsonl", conversations)
     untrained = tiny_checkpoint(folder / "untrained", texts=texts, vocabulary=2048, sizes=_SIZES)
-    data = data_spec(rows, 0.03, own=own)
+    data = data_spec(rows, 0.02, own=own)
     recipe = qf.Recipe(
         qf.ModelSpec(untrained, dtype="float32"),
         data,
@@ -130,6 +130,7 @@ def make_base(folder: Path, conversations: list[list[dict[str, Any]]], steps: in
             learning_rate=1e-2,
             weight_decay=0.01,
             activation_checkpointing=False,
+            evaluate_every=max(1, steps // 5),
         ),
     )
     return train("A tiny base, trained in full", recipe, folder / "base").folder / "model"
