@@ -226,7 +226,7 @@ class TrainingPlan:
         from qwenft.reports.live import Progress
         from qwenft.run import Run
         from qwenft.specs.codec import cannot_be_saved
-        from qwenft.training.folder import claim_run_folder, require_free
+        from qwenft.training.folder import claim_run_folder, removed_on_error, require_free
         from qwenft.training.loop import train
 
         folder = Path(run_dir)
@@ -234,9 +234,10 @@ class TrainingPlan:
         self._require_runnable()
         report = self.data
         claim_run_folder(folder, {"plan.json": self.summary()})
-        if not any(cannot_be_saved(slot.backend) for slot in self.draft.slots):
-            self.recipe.save(folder / "recipe.json")
-        prepared = self.prepare()
+        with removed_on_error(folder):
+            if not any(cannot_be_saved(slot.backend) for slot in self.draft.slots):
+                self.recipe.save(folder / "recipe.json")
+            prepared = self.prepare()
         with Progress(report.steps, shown=progress) as shown:
             history = train(prepared, folder / "metrics.jsonl", state_bytes=self.state.total, on_step=shown.update)
         if self.recipe.adapter.kind == "lora":
@@ -264,7 +265,7 @@ class TrainingPlan:
         from qwenft.training.folder import new_folder
 
         with new_folder(path) as folder:
-            write_merged(model, self._folder, folder, self.draft.checkpoint, self.draft.architecture)
+            write_merged(model, self._folder, folder, tied=self.draft.checkpoint.tied)
         return path
 
     def summary(self) -> dict[str, Any]:

@@ -109,14 +109,7 @@ class _BoundGatedDeltaNet:
             activation=self.activation,
             initial_state=conv_state,
         )
-        query, key, value = convolved_TC.split(
-            [  # type: ignore[union-attr]
-                self.key_dim,
-                self.key_dim,
-                self.value_dim,
-            ],
-            dim=-1,
-        )
+        query, key, value = convolved_TC.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
         log_decay_TV = -self.A_log.float().exp() * F.softplus(self.in_proj_a(x_TC).float() + self.dt_bias)
         answer: Any = backend.delta_rule(
             query.view(tokens, -1, self.head_k_dim),

@@ -19,12 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from qwenft.family.architectures import Architecture
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
-def write_merged(model: Any, source: Path, folder: Path, checkpoint: Architecture, loaded: Architecture) -> None:
+def write_merged(model: Any, source: Path, folder: Path, *, tied: bool) -> None:
     """Write a whole checkpoint into an empty folder: trained tensors replaced, all others copied.
 
     Tensors keep the dtype that the source stores them in; towers that were not loaded and `mtp.*` are copied.
@@ -33,21 +32,20 @@ def write_merged(model: Any, source: Path, folder: Path, checkpoint: Architectur
         model: trained, with or without LoRA; it is left as it is.
         source: the folder of the base checkpoint.
         folder: exists.
-        checkpoint: the whole checkpoint's architecture.
-        loaded: the part of it that was loaded.
+        tied: the output head is the embedding.
 
     Raises:
         CheckpointError: a trained tensor has no place in the source.
     """
-    learned = dict(_learned(model, checkpoint, loaded))
+    learned = dict(_learned(model))
     placed: set[str] = set()
     for file in weight_files(source):
         with safe_open(file, framework="pt") as tensors:
             merged = {}
             for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                key, select = _origin(name, learned)
+                key, select = _origin(_canonical(name), tied=tied)
                 merged[name] = tensors.get_tensor(name)
-                if key is not None:
+                if key in learned:
                     placed.add(key)
                     merged[name] = select(learned[key]()).to(merged[name].dtype).contiguous()
             save_file(merged, folder / file.name, metadata={"format": "pt"})
@@ -59,51 +57,39 @@ def write_merged(model: Any, source: Path, folder: Path, checkpoint: Architectur
             shutil.copy2(file, folder / file.name)
 
 
-def _origin(name: str, learned: dict[str, Any]) -> tuple[str | None, Callable[[torch.Tensor], torch.Tensor]]:
-    """The trained tensor that a tensor of the file is, or is a part of."""
-    if name in learned:
-        return name, lambda tensor: tensor
-    if name == "lm_head.weight":  # some files repeat a tied head
-        tied = "model.language_model.embed_tokens.weight"
-        return (tied, lambda tensor: tensor) if tied in learned else (None, lambda tensor: tensor)
+def _canonical(name: str) -> str:
+    """A name without `language_model`, which some files and classes have and others have not."""
+    return name.replace("model.language_model.", "model.", 1)
+
+
+def _origin(name: str, *, tied: bool) -> tuple[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """The name in memory of what a tensor of the file is, or is a part of, and how to take it from there."""
+    if tied and name == "lm_head.weight":  # some files repeat a tied head
+        return "model.embed_tokens.weight", torch.clone  # a file holds no two views of one storage
     match = _EXPERT.fullmatch(name)
     if match is None:
-        return None, lambda tensor: tensor
+        return name, lambda tensor: tensor
     stack, number, part = match[1], int(match[2]), match[3]
-    key = f"{stack}.{'down_proj' if part == 'down' else 'gate_up_proj'}"
-    half = {"gate": 0, "up": 1}.get(part)
-    if key not in learned:
-        return None, lambda tensor: tensor
-    if half is None:
-        return key, lambda tensor: tensor[number]
-    return key, lambda tensor: tensor[number].chunk(2, dim=0)[half]
+    if part == "down":
+        return f"{stack}.down_proj", lambda tensor: tensor[number]
+    half = ("gate", "up").index(part)
+    return f"{stack}.gate_up_proj", lambda tensor: tensor[number].chunk(2, dim=0)[half]
 
 
-def _learned(model: Any, checkpoint: Architecture, loaded: Architecture) -> Iterator[tuple[str, Any]]:
-    """Published name and a reader of every tensor that training changed."""
+def _learned(model: Any) -> Iterator[tuple[str, Any]]:
+    """Canonical name and a reader of every tensor that training changed."""
     base = causal_of(model)
-    inserted = loaded.is_text_only and not checkpoint.is_text_only
-    adapted = set()
+    adapted = False
     for name, module in base.named_modules():
         if isinstance(module, BaseTunerLayer):
+            adapted = True
             parameter = getattr(module, "parameter_name", "weight")
-            adapted.add(id(module))
-            yield _published(_plain(name, parameter), inserted=inserted), _merged_reader(module, parameter)
+            yield _canonical(f"{name.replace('.base_layer', '')}.{parameter}"), _merged_reader(module, parameter)
     if adapted:
         return
     for name, parameter in base.named_parameters():
         if parameter.requires_grad:
-            yield _published(name, inserted=inserted), parameter.detach
-
-
-def _plain(module: str, parameter: str) -> str:
-    return f"{module.replace('.base_layer', '')}.{parameter}"
-
-
-def _published(name: str, *, inserted: bool) -> str:
-    if inserted and name.startswith("model."):
-        return name.replace("model.", "model.language_model.", 1)
-    return name
+            yield _canonical(name), parameter.detach
 
 
 def _merged_reader(module: Any, parameter: str) -> Any:

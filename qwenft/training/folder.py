@@ -68,6 +68,16 @@ def claim_run_folder(path: Path, contents: dict[str, Any]) -> Path:
     return path
 
 
+@contextmanager
+def removed_on_error(folder: Path) -> Iterator[None]:
+    """Take a folder that was just claimed away again where what follows fails, so that it can be claimed anew."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def environment() -> dict[str, str]:
     """Versions of the interpreter and of the libraries that results depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}

@@ -23,7 +23,7 @@ def test_text_half_never_allocates_the_tower(dense_checkpoint):
 
 
 def test_text_only_checkpoints_load_too(dense_checkpoint, tmp_path):
-    """A checkpoint of the text half alone, as transformers saves it, is read, trained and named as itself."""
+    """A checkpoint of the text half alone, as transformers saves it, is read as itself."""
     text = architecture_of(qf.ModelSpec(dense_checkpoint)).text_only()
     model = load_model(dense_checkpoint, text, dtype="float32")
     model.save_pretrained(tmp_path / "text")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import peft
@@ -8,10 +9,11 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import qwenft as qf
-from qwenft.models.checkpoint import weight_files
+from qwenft.models.checkpoint import architecture_of, weight_files
+from qwenft.models.load import load_model, load_tokenizer
 
 from .helpers import relative
 
@@ -19,7 +21,7 @@ CHATS = [
     {"messages": [{"role": "user", "content": f"Say {word}"}, {"role": "assistant", "content": f"{word}!"}]}
     for word in ("one", "two", "three", "four", "five", "six")
 ]
-ADAPTERS = {
+CASES = {
     "lora": ("dense", qf.AdapterSpec.lora(rank=4)),
     "ranks": ("dense", qf.AdapterSpec.lora(rank=4, rslora=True).with_rank(mlp=2)),
     "dora": ("dense", qf.AdapterSpec.lora(rank=4, dora=True)),
@@ -29,15 +31,45 @@ ADAPTERS = {
         qf.AdapterSpec.lora(rank=4).on("full_attention", "shared_expert", "routed_experts", "router", "lm_head"),
     ),
     "full-experts": ("moe", qf.AdapterSpec.full().freeze("embeddings")),
+    "frozen-head": ("moe", qf.AdapterSpec.full().freeze("lm_head")),
+    "fused": ("fused", qf.AdapterSpec.full()),
+    "repeated-head": ("repeated-head", qf.AdapterSpec.full()),
+    "text": ("dense-text", qf.AdapterSpec.lora(rank=4)),
+    "text-full": ("dense-text", qf.AdapterSpec.full()),
+    "moe-text": ("moe-text", qf.AdapterSpec.lora(rank=4).on("full_attention", "routed_experts")),
+    "moe-text-full": ("moe-text", qf.AdapterSpec.full()),
+    "vision": ("dense", qf.AdapterSpec.lora(rank=4)),
+    "vision-full": ("moe", qf.AdapterSpec.full().freeze("vision", "vision_merger")),
 }
+LORA = [name for name, (_, adapter) in CASES.items() if adapter.kind == "lora"]
 
 
-@pytest.fixture(scope="module", params=list(ADAPTERS))
-def run(request, dense_checkpoint, moe_checkpoint, tmp_path_factory):
+@pytest.fixture(scope="module")
+def sources(dense_checkpoint, moe_checkpoint, tmp_path_factory):
+    """Checkpoints by kind: whole, with fused experts, with a tied head repeated, and text halves."""
+    folder = tmp_path_factory.mktemp("sources")
+    found = {"dense": dense_checkpoint, "moe": moe_checkpoint}
+    found["fused"] = qf.testing.tiny_checkpoint(folder / "fused", "moe", experts="fused")
+    found["repeated-head"] = folder / "repeated-head"
+    shutil.copytree(dense_checkpoint, folder / "repeated-head")
+    file = folder / "repeated-head" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    for kind in ("dense", "moe"):
+        text = architecture_of(qf.ModelSpec(found[kind])).text_only()
+        load_model(found[kind], text, dtype="float32").save_pretrained(folder / kind)
+        load_tokenizer(found[kind]).save_pretrained(folder / kind)
+        found[f"{kind}-text"] = folder / kind
+    return found
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def run(request, sources, tmp_path_factory):
     """A short run of each kind, in float32."""
-    kind, adapter = ADAPTERS[request.param]
+    kind, adapter = CASES[request.param]
     recipe = qf.Recipe(
-        qf.ModelSpec({"dense": dense_checkpoint, "moe": moe_checkpoint}[kind], dtype="float32"),
+        qf.ModelSpec(sources[kind], dtype="float32", vision=request.param.startswith("vision")),
         qf.DataSpec.messages(CHATS).with_max_length(64).pack(),
         adapter,
         training=qf.TrainingSpec(learning_rate=1e-2, epochs=3, warmup_ratio=0.0),
@@ -68,14 +100,14 @@ def without_fla(monkeypatch):
 
 
 # peft asks transformers by the older of two names.
+@pytest.mark.parametrize("run", LORA, indirect=True)
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.usefixtures("without_fla")
 def test_adapter_in_stock_peft_gives_the_runs_logits(run):
-    """The saved adapter, put by stock peft on the stock vision-language class, gives the run's logits."""
-    if run.adapter_path is None:
-        assert run.plan.recipe.adapter.kind == "full"
-        return
-    base = transformers.AutoModelForImageTextToText.from_pretrained(run.plan.recipe.model.source)
+    """The saved adapter, put by stock peft on the stock class that is published, gives the run's logits."""
+    text_only = run.plan.draft.checkpoint.is_text_only
+    kind = transformers.AutoModelForCausalLM if text_only else transformers.AutoModelForImageTextToText
+    base = kind.from_pretrained(run.plan.recipe.model.source)
     mine, theirs = _logits(run, peft.PeftModel.from_pretrained(base, run.adapter_path).eval())
     assert relative(mine, theirs) < 1e-5
 
@@ -100,20 +132,23 @@ def test_export_leaves_the_run_as_it_was_and_loses_nothing(run, tmp_path):
             tensors.update(load_file(file))
     assert source.keys() == exported.keys()
     untouched = [name for name in source if name.startswith(("mtp.", "model.visual."))]
-    assert untouched
+    assert untouched or run.plan.draft.checkpoint.is_text_only
+    if "lm_head" in run.plan.recipe.adapter.frozen:
+        untouched.append("lm_head.weight")
     assert all(torch.equal(source[name], exported[name]) for name in untouched)
     assert any(not torch.equal(source[name], exported[name]) for name in source)
+    if "lm_head.weight" in source and run.plan.draft.checkpoint.tied:
+        assert torch.equal(exported["lm_head.weight"], exported["model.language_model.embed_tokens.weight"])
     assert all(source[name].dtype == exported[name].dtype for name in source)
 
 
-def test_adapter_names_are_those_of_the_vision_language_class(run):
+@pytest.mark.parametrize("run", LORA, indirect=True)
+def test_adapter_names_are_those_of_the_published_class(run):
     """Tensors are saved under the names by which the published class is served."""
-    if run.adapter_path is None:
-        assert (run.folder / "model" / "config.json").exists()
-        return
     with safe_open(run.adapter_path / "adapter_model.safetensors", framework="pt") as tensors:
         names = list(tensors.keys())
-    prefixes = ("base_model.model.model.language_model.layers.", "base_model.model.lm_head.")
+    layers = "layers." if run.plan.draft.checkpoint.is_text_only else "language_model.layers."
+    prefixes = (f"base_model.model.model.{layers}", "base_model.model.lm_head.")
     assert names
     assert all(name.startswith(prefixes) for name in names)
     config = json.loads((run.adapter_path / "adapter_config.json").read_text())
@@ -148,3 +183,10 @@ def test_a_failed_export_leaves_nothing(run, tmp_path, monkeypatch):
     with pytest.raises(qf.CheckpointError, match="No space left"):
         run.export(tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("run", [name for name in CASES if name not in LORA], indirect=True)
+def test_full_fine_tuning_leaves_a_whole_checkpoint(run):
+    """A run without an adapter leaves a model folder instead."""
+    assert run.adapter_path is None
+    assert (run.folder / "model" / "config.json").exists()

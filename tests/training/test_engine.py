@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import attrs
 import pytest
@@ -196,6 +197,16 @@ def test_an_unwritable_run_folder_is_refused(dense_checkpoint, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(qf.CheckpointError, match="cannot be written"):
         recipe(dense_checkpoint).compile().train(tmp_path / "file" / "run", progress=False)
+
+
+def test_damaged_weights_leave_no_run_folder(dense_checkpoint, tmp_path):
+    """A run that cannot load its weights leaves nothing, so that the same line works once they are mended."""
+    shutil.copytree(dense_checkpoint, tmp_path / "copy")
+    file = tmp_path / "copy" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(qf.CheckpointError, match="damaged"):
+        recipe(tmp_path / "copy").compile().train(tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_wrong_data_stops_before_any_weight_is_read(dense_checkpoint, tmp_path, monkeypatch):
