@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qwenft.errors import (
         BackendUnavailable,
         CheckpointError,
+        ConformanceError,
         DataError,
         LeakError,
         PlanError,
@@ -38,6 +39,7 @@ _HOMES = {
     "AttentionSpec": "qwenft.specs.attention",
     "BackendUnavailable": "qwenft.errors",
     "CheckpointError": "qwenft.errors",
+    "ConformanceError": "qwenft.errors",
     "DataError": "qwenft.errors",
     "DataSpec": "qwenft.specs.data",
     "LeakError": "qwenft.errors",
@@ -61,6 +63,7 @@ __all__ = [
     "AttentionSpec",
     "BackendUnavailable",
     "CheckpointError",
+    "ConformanceError",
     "DataError",
     "DataSpec",
     "LeakError",

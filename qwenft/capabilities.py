@@ -47,6 +47,7 @@ class AttentionProblem:
         key_value_heads: G, a divisor of H.
         head_dim: D.
         max_length: the longest document, in tokens.
+        compute_capability: of the GPU, such as (9, 0), or None.
     """
 
     device: str
@@ -55,6 +56,7 @@ class AttentionProblem:
     key_value_heads: int
     head_dim: int
     max_length: int
+    compute_capability: tuple[int, int] | None = None
 
 
 @attrs.frozen
@@ -69,6 +71,7 @@ class LinearAttentionProblem:
         key_dim: D.
         value_dim: E.
         max_length: the longest document, in tokens.
+        compute_capability: of the GPU, such as (9, 0), or None.
     """
 
     device: str
@@ -78,6 +81,7 @@ class LinearAttentionProblem:
     key_dim: int
     value_dim: int
     max_length: int
+    compute_capability: tuple[int, int] | None = None
 
 
 class Backend(ABC):
@@ -89,6 +93,13 @@ class Backend(ABC):
 
     #: It computes in 16 bits only, so that a float32 model is refused.
     needs_half_precision: bool = False
+
+    #: It computes softmax attention, or the gated delta rule, itself. An experiment that means to differ says
+    #: False: then it is compared with no reference, and isolation alone is proven.
+    exact: bool = True
+
+    #: Where it fetches code from the network, "org/name@commit", or None.
+    remote_code: str | None = None
 
     @property
     @abstractmethod

@@ -65,5 +65,12 @@ class LeakError(QwenftError, RuntimeError):
     """Packed documents reached each other: `.half` ("attention", "conv" or "scan"), `.backend`, `.error`."""
 
 
+class ConformanceError(QwenftError, RuntimeError):
+    """A backend computes something else than it should, without a leak.
+
+    `.backend`, `.half`, `.case`, `.check` (the output, or the gradient of what), `.error`, `.limit`.
+    """
+
+
 class CheckpointError(QwenftError, OSError):
     """A model folder, run folder or export cannot be read or written (`.path`)."""

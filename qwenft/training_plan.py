@@ -27,6 +27,7 @@ from qwenft.specs.data import DataSpec
 if TYPE_CHECKING:
     import os
 
+    from qwenft.comparison import Verification
     from qwenft.recipe import Recipe
     from qwenft.run import Run
     from qwenft.training.engine import Prepared
@@ -45,6 +46,7 @@ def compile_recipe(recipe: Recipe, machine: Machine | None, *, strict: bool) -> 
         model=recipe.model,
         data=recipe.data,
         adapter=recipe.adapter,
+        attention=recipe.attention,
         training=recipe.training,
         checkpoint=checkpoint,
         architecture=loaded,
@@ -80,8 +82,13 @@ def _slots(
 ) -> tuple[tuple[Slot, ...], list[Finding]]:
     """The backend of each attention slot; a name that is unknown is a finding, and "auto" stands in for it."""
     longest = recipe.data.max_length if recipe.data is not None else loaded.context
-    common: dict[str, Any] = {"device": machine.device, "dtype": compute_dtype, "max_length": longest}
-    problems = {
+    common: dict[str, Any] = {
+        "device": machine.device,
+        "dtype": compute_dtype,
+        "max_length": longest,
+        "compute_capability": machine.compute_capability,
+    }
+    problems: dict[str, AttentionProblem | LinearAttentionProblem] = {
         "full": AttentionProblem(
             query_heads=loaded.query_heads,
             key_value_heads=loaded.key_value_heads,
@@ -96,16 +103,25 @@ def _slots(
             **common,
         ),
     }
+    if loaded.vision is not None:
+        tower = loaded.vision
+        problems["vision"] = AttentionProblem(
+            query_heads=tower.heads,
+            key_value_heads=tower.heads,
+            head_dim=tower.hidden_size // tower.heads,
+            # Patches of the learned grid; how large images really are is known when data hold some.
+            **common | {"max_length": tower.position_embeddings},
+        )
     packed = recipe.data is not None and recipe.data.packed
     slots, findings = [], []
     for name, problem in problems.items():
         asked = getattr(recipe.attention, name)
-        automatic = choose(backends.automatic(name), problem, machine, packed=packed, compute_dtype=compute_dtype)
-        choice: Choice[Any] = automatic
+        choice: Choice[Any] = choose(
+            backends.automatic(name), problem, machine, packed=packed, compute_dtype=compute_dtype
+        )
         if asked != "auto":
             try:
-                named = getattr(backends, name)(asked) if isinstance(asked, str) else asked
-                choice = Choice(named, ())
+                choice = Choice(backends.find(name, asked) if isinstance(asked, str) else asked, ())
             except SpecError as unknown:
                 place = f"attention.{name}"
                 findings.append(error(place, unknown.problem.removeprefix(f"{place}: "), unknown.fix))
@@ -155,7 +171,7 @@ class TrainingPlan:
     @property
     def fingerprint(self) -> str:
         """sha256 of the recipe, the architecture and what was chosen: equal plans run alike."""
-        chosen = [slot.backend.name for slot in self.draft.slots]
+        chosen = [repr(slot.backend) for slot in self.draft.slots]
         resolved = [self.recipe.fingerprint, attrs.asdict(self.draft.checkpoint), chosen, self.draft.compute_dtype]
         return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
 
@@ -181,25 +197,37 @@ class TrainingPlan:
 
         return render_plan(self)
 
+    def verify(self) -> Verification:
+        """Prove the backends on this machine: one layer of each kind, forward and gradients, packed and alone.
+
+        Every run begins with it; it takes seconds, reads no weight, and is measured once for a plan.
+
+        Raises:
+            PlanError: the plan is for another machine, or a backend cannot run here.
+            LeakError: a document reached another one (`.half` is "attention", "conv" or "scan").
+            ConformanceError: nothing leaked, and outputs or gradients are wrong.
+        """
+        return self._verification
+
     def prepare(self) -> Prepared:
         """The model, bound and adapted, with its data and optimizer.
 
         Raises:
             PlanError: something blocks the run here.
             DataError: the data are wrong; no weight has been read then.
+            LeakError, ConformanceError: see :meth:`verify`; no weight has been read then either.
             CheckpointError: the weights cannot be loaded.
         """
         from qwenft.training.engine import Prepared
         from qwenft.training.prepare import prepare_model
 
         corpus = self._corpus
-        full, linear = self.draft.slots
+        self.verify()
         model = prepare_model(
             self._folder,
             self.draft.architecture,
             adapter=self.recipe.adapter,
-            full=full.backend,  # type: ignore[arg-type]
-            linear=linear.backend,  # type: ignore[arg-type]
+            backends=self.draft.backends,
             dtype=self.recipe.model.dtype,
             compute_dtype=self.draft.compute_dtype,
             device=self.machine.device,
@@ -221,6 +249,7 @@ class TrainingPlan:
         Raises:
             PlanError: something blocks the run here.
             DataError: the data are wrong.
+            LeakError, ConformanceError: see :meth:`verify`.
             CheckpointError: the folder is taken or cannot be written, or the weights cannot be loaded.
         """
         from qwenft.reports.live import Progress
@@ -233,6 +262,7 @@ class TrainingPlan:
         require_free(folder)
         self._require_runnable()
         report = self.data
+        self.verify()
         claim_run_folder(folder, {"plan.json": self.summary()})
         with removed_on_error(folder):
             if not any(cannot_be_saved(slot.backend) for slot in self.draft.slots):
@@ -276,6 +306,7 @@ class TrainingPlan:
             "model": self.draft.checkpoint.name,
             "compute_dtype": self.draft.compute_dtype,
             "attention": {slot.name: slot.backend.name for slot in self.draft.slots},
+            "verified": repr(self._verification).splitlines() if self.is_verified else None,
             "coverage": [attrs.asdict(row) for row in self.coverage],
             "trained_parameters": self.trained_parameters,
             "state_bytes": attrs.asdict(self.state),
@@ -297,6 +328,27 @@ class TrainingPlan:
 
         with new_folder(path) as folder:
             save_adapter(model, folder, self.draft.checkpoint, self.draft.architecture)
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether the backends have been proven already."""
+        return "_verification" in self.__dict__
+
+    @cached_property
+    def _verification(self) -> Verification:
+        from qwenft.models.verify import verify
+
+        hindrances = [
+            f for f in self.findings if f.level != "note" and f.place.startswith(("attention", "machine"))
+        ]
+        if hindrances:
+            raise PlanError(hindrances, subject="before this can be verified")
+        return verify(
+            self.draft.architecture,
+            **self.draft.backends,
+            device=self.machine.device,
+            dtype=self.draft.compute_dtype,
+        )
 
     def _require_runnable(self) -> None:
         hindrances = [finding for finding in self.findings if finding.level != "note"]

@@ -15,6 +15,7 @@ PUBLIC = [
     "AttentionSpec",
     "BackendUnavailable",
     "CheckpointError",
+    "ConformanceError",
     "DataError",
     "DataSpec",
     "LeakError",

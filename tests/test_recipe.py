@@ -52,6 +52,7 @@ CHANGED = {
     "attention.full (object)": PLAIN.with_attention(full=EagerAttention()),
     "attention.full (another)": PLAIN.with_attention(full=SdpaAttention()),
     "attention.linear": PLAIN.with_attention(linear="reference"),
+    "attention.vision": PLAIN.with_attention(vision="eager"),
     "attention.linear (object)": PLAIN.with_attention(linear=TorchDeltaRule()),
     "attention.linear (another)": PLAIN.with_attention(linear=ReferenceDeltaRule()),
     "training.epochs": PLAIN.with_training(epochs=2),

@@ -2,45 +2,64 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from qwenft.backends.eager import EagerAttention
 from qwenft.backends.reference import ReferenceDeltaRule
 from qwenft.backends.sdpa import SdpaAttention
 from qwenft.backends.torch import TorchDeltaRule
+from qwenft.backends.transformers import StockDeltaRule
 from qwenft.errors import SpecError, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable
 
     from qwenft.capabilities import AttentionBackend, LinearAttentionBackend
 
-T = TypeVar("T")
-
 # A new backend is one file, one line here and one in __all__.
-_FULL: dict[str, type[AttentionBackend]] = {kind.name: kind for kind in (EagerAttention, SdpaAttention)}
-_LINEAR: dict[str, type[LinearAttentionBackend]] = {
-    kind.name: kind for kind in (TorchDeltaRule, ReferenceDeltaRule)
+_FULL: dict[str, Callable[[], AttentionBackend]] = {
+    "eager": EagerAttention,
+    "sdpa": SdpaAttention,
+}
+_LINEAR: dict[str, Callable[[], LinearAttentionBackend]] = {
+    "torch": TorchDeltaRule,
+    "reference": ReferenceDeltaRule,
+    "transformers": StockDeltaRule,
 }
 
 FULL_NAMES = tuple(_FULL)
 LINEAR_NAMES = tuple(_LINEAR)
+
+# Short names that others use. They are refused: which version of flash attention runs must be said in full.
+_ALIASES = {
+    "flash": "flash_attention_2",
+    "flash_attn": "flash_attention_2",
+    "flash_attention": "flash_attention_2",
+    "fa2": "flash_attention_2",
+    "fa3": "flash_attention_3",
+    "fa4": "flash_attention_4",
+    "flex": "flex_attention",
+    "sdp": "sdpa",
+    "xformers": "sdpa",
+    "flash_linear_attention": "fla",
+    "stock": "transformers",
+}
 
 
 def full(name: str) -> AttentionBackend:
     """The full-attention backend of this name.
 
     Args:
-        name: one of ``FULL_NAMES``.
+        name: one of ``FULL_NAMES``, or a hub kernel as "org/name@commit".
 
     Raises:
-        SpecError: no backend has this name.
+        SpecError: no backend has this name, or a hub kernel is not pinned to a commit.
 
     Examples:
         >>> full("sdpa")
         SdpaAttention()
     """
-    return _find("full", name, _FULL)()
+    return find("full", name)
 
 
 def linear(name: str) -> LinearAttentionBackend:
@@ -56,23 +75,31 @@ def linear(name: str) -> LinearAttentionBackend:
         >>> linear("torch")
         TorchDeltaRule()
     """
-    return _find("linear", name, _LINEAR)()
+    return find("linear", name)
 
 
-def automatic(slot: str) -> tuple[AttentionBackend, ...] | tuple[LinearAttentionBackend, ...]:
-    """What "auto" chooses from in the slot "full" or "linear", best first; the last can always."""
-    return (SdpaAttention(), EagerAttention()) if slot == "full" else (TorchDeltaRule(), ReferenceDeltaRule())
+def find(slot: str, name: str) -> Any:
+    """The backend of this name for a slot: as :func:`linear` for "linear", as :func:`full` for the others.
 
-
-def _find(slot: str, name: str, known: Mapping[str, T]) -> T:
+    Raises:
+        SpecError: see there; the message names the slot.
+    """
+    known = _LINEAR if slot == "linear" else _FULL
     if name in known:
-        return known[name]
+        return known[name]()
+    meant = _ALIASES.get(name)
+    hint = f"; its name here is {meant!r}." if meant in known else nearest(name, known) or "."
     raise SpecError(
-        f"attention.{slot}: no backend is called {name!r}{nearest(name, known) or '.'} Known: {', '.join(known)}",
-        fix=f'AttentionSpec({slot}="auto")',
+        f"attention.{slot}: no backend is called {name!r}{hint} Known: {', '.join(known)}",
+        fix=f'AttentionSpec({slot}="{meant if meant in known else "auto"}")',
         got=name,
         expected=tuple(known),
     )
+
+
+def automatic(slot: str) -> tuple[Any, ...]:
+    """What "auto" chooses from in a slot, best first; the last can always."""
+    return (TorchDeltaRule(), ReferenceDeltaRule()) if slot == "linear" else (SdpaAttention(), EagerAttention())
 
 
 __all__ = [
@@ -81,8 +108,10 @@ __all__ = [
     "EagerAttention",
     "ReferenceDeltaRule",
     "SdpaAttention",
+    "StockDeltaRule",
     "TorchDeltaRule",
     "automatic",
+    "find",
     "full",
     "linear",
 ]

@@ -73,6 +73,17 @@ def check_groups(name: str, heads: int, divisor: str, groups: int) -> None:
         raise ValueError(msg)
 
 
+def check_single(layout: SequenceLayout, name: str) -> None:
+    """Refuse a layout of several documents for the backend ``name``, which cannot keep them apart.
+
+    Raises:
+        ValueError: there are several.
+    """
+    if len(layout) > 1:
+        msg = f"layout: {name} takes one document a row, got {len(layout)}"
+        raise ValueError(msg)
+
+
 def check_delta_rule(
     inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], initial_state: Tensor | None, layout: SequenceLayout
 ) -> None:

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.nn import functional as F
 from transformers.models.qwen3_5 import modeling_qwen3_5 as dense
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
 
-from qwenft.backends.torch import TorchDeltaRule
 from qwenft.kernels.layout import SequenceLayout
 
 if TYPE_CHECKING:
-    import torch
-
     from qwenft.capabilities import AttentionBackend, LinearAttentionBackend
 
 
@@ -59,22 +57,26 @@ class _BoundGatedDeltaNet:
     ) -> torch.Tensor:
         rows, tokens, width = hidden_states.shape
         if layout is not None:
-            return self._mix(hidden_states[0], self.qwenft_backend, layout)[0][None]
+            return self._mix(hidden_states[0], layout)[0][None]
         if attention_mask is not None:
             hidden_states = (hidden_states * attention_mask[:, :, None]).to(hidden_states.dtype)
         conv_state, scan_state = self._states(cache_params)
-        layout = SequenceLayout.from_lengths([tokens] * rows, device=hidden_states.device)
-        # Decoding and padding are ours on every machine: a backend need not know of them.
-        mixed, conv_inputs, scan_state = self._mix(
-            hidden_states.reshape(rows * tokens, width),
-            TorchDeltaRule(),
-            layout,
-            conv_state=conv_state,
-            scan_state=scan_state,
-            return_state=cache_params is not None,
-        )
+        # Rows are documents: all in one stream, or one by one where the backend cannot keep them apart.
+        size = rows if self.qwenft_backend.supports_packing else 1
+        parts = [
+            self._mix(
+                hidden_states[first : first + size].reshape(size * tokens, width),
+                SequenceLayout.from_lengths([tokens] * size, device=hidden_states.device),
+                conv_state=None if conv_state is None else conv_state[first : first + size],
+                scan_state=None if scan_state is None else scan_state[first : first + size],
+                return_state=cache_params is not None,
+            )
+            for first in range(0, rows, size)
+        ]
+        mixed, conv_inputs = (torch.cat([part[i] for part in parts]) for i in (0, 1))
         if cache_params is not None:
             inputs_BCT = conv_inputs.view(rows, tokens, -1).transpose(1, 2)
+            scan_state = torch.cat([part[2] for part in parts])
             cache_params.update_conv_state(inputs_BCT, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
             cache_params.update_recurrent_state(scan_state, self.layer_idx)
         return mixed.view(rows, tokens, width)
@@ -91,7 +93,6 @@ class _BoundGatedDeltaNet:
     def _mix(
         self: Any,
         x_TC: torch.Tensor,
-        backend: LinearAttentionBackend,
         layout: SequenceLayout,
         *,
         conv_state: torch.Tensor | None = None,
@@ -101,7 +102,7 @@ class _BoundGatedDeltaNet:
         """The layer's output [T, H], the inputs of its convolution [T, C], and the state after each document."""
         tokens = x_TC.shape[0]
         inputs_TC = self.in_proj_qkv(x_TC)
-        convolved_TC: Any = backend.short_conv(
+        convolved_TC: Any = self.qwenft_backend.short_conv(
             inputs_TC,
             self.conv1d.weight[:, 0],
             self.conv1d.bias,
@@ -111,7 +112,7 @@ class _BoundGatedDeltaNet:
         )
         query, key, value = convolved_TC.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
         log_decay_TV = -self.A_log.float().exp() * F.softplus(self.in_proj_a(x_TC).float() + self.dt_bias)
-        answer: Any = backend.delta_rule(
+        answer: Any = self.qwenft_backend.delta_rule(
             query.view(tokens, -1, self.head_k_dim),
             key.view(tokens, -1, self.head_k_dim),
             value.view(tokens, -1, self.head_v_dim),
@@ -125,6 +126,61 @@ class _BoundGatedDeltaNet:
         gate_TVE = self.in_proj_z(x_TC).view(-1, self.head_v_dim)
         normed = self.norm(mixed_TVE.reshape(-1, self.head_v_dim), gate_TVE)
         return self.out_proj(normed.view(tokens, -1)), inputs_TC, state
+
+
+class _BoundVisionAttention:
+    """Attention of the tower, which sees the images of a call as documents."""
+
+    qwenft_backend: AttentionBackend
+
+    def forward(
+        self: Any,
+        hidden_states: torch.Tensor,
+        *_: Any,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        image_layout: SequenceLayout,
+        **__: Any,
+    ) -> torch.Tensor:
+        tokens = hidden_states.shape[0]
+        query_THD, key_THD, value_THD = self.qkv(hidden_states).view(tokens, 3, self.num_heads, -1).unbind(1)
+        query_THD, key_THD = dense.apply_rotary_pos_emb_vision(query_THD, key_THD, *position_embeddings)
+        mixed_THD = _attend_images(
+            self.qwenft_backend, query_THD, key_THD, value_THD, layout=image_layout, scale=self.scaling
+        )
+        return self.proj(mixed_THD.reshape(tokens, -1))
+
+
+def _attend_images(
+    backend: AttentionBackend,
+    query_THD: torch.Tensor,
+    key_THD: torch.Tensor,
+    value_THD: torch.Tensor,
+    *,
+    layout: SequenceLayout,
+    scale: float,
+) -> torch.Tensor:
+    """Attend within each image in both directions; image by image where the backend cannot keep them apart."""
+    if backend.supports_packing:
+        return backend.attend(query_THD, key_THD, value_THD, layout=layout, scale=scale, causal=False)
+    images = zip(*(x_THD.split(layout.lengths) for x_THD in (query_THD, key_THD, value_THD)), strict=True)
+    return torch.cat(
+        [
+            backend.attend(
+                *image, layout=SequenceLayout([len(image[0])], device=layout.device), scale=scale, causal=False
+            )
+            for image in images
+        ]
+    )
+
+
+class _BoundVisionModel:
+    """The tower, which tells its layers once where the images of a call begin."""
+
+    def forward(self, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **kwargs: Any) -> Any:
+        # Each frame of a video stands alone, as in stock's get_vision_attention_seqlens.
+        lengths = [height * width for frames, height, width in grid_thw.tolist() for _ in range(frames)]
+        layout = SequenceLayout.from_lengths(lengths, device=hidden_states.device)
+        return super().forward(hidden_states, grid_thw, image_layout=layout, **kwargs)  # type: ignore[misc]
 
 
 class BoundAttention(_BoundAttention, dense.Qwen3_5Attention):
@@ -143,28 +199,54 @@ class BoundMoeGatedDeltaNet(_BoundGatedDeltaNet, moe.Qwen3_5MoeGatedDeltaNet):
     """Gated DeltaNet of a mixture of experts, bound."""
 
 
-_FULL = {dense.Qwen3_5Attention: BoundAttention, moe.Qwen3_5MoeAttention: BoundMoeAttention}
-_LINEAR = {
+class BoundVisionAttention(_BoundVisionAttention, dense.Qwen3_5VisionAttention):
+    """Attention of a dense model's tower, bound."""
+
+
+class BoundMoeVisionAttention(_BoundVisionAttention, moe.Qwen3_5MoeVisionAttention):
+    """Attention of the tower of a mixture of experts, bound."""
+
+
+class BoundVisionModel(_BoundVisionModel, dense.Qwen3_5VisionModel):
+    """The tower of a dense model, bound."""
+
+
+class BoundMoeVisionModel(_BoundVisionModel, moe.Qwen3_5MoeVisionModel):
+    """The tower of a mixture of experts, bound."""
+
+
+_FULL: dict[type, Any] = {dense.Qwen3_5Attention: BoundAttention, moe.Qwen3_5MoeAttention: BoundMoeAttention}
+_LINEAR: dict[type, Any] = {
     dense.Qwen3_5GatedDeltaNet: BoundGatedDeltaNet,
     moe.Qwen3_5MoeGatedDeltaNet: BoundMoeGatedDeltaNet,
 }
+_VISION: dict[type, Any] = {
+    dense.Qwen3_5VisionAttention: BoundVisionAttention,
+    moe.Qwen3_5MoeVisionAttention: BoundMoeVisionAttention,
+    dense.Qwen3_5VisionModel: BoundVisionModel,
+    moe.Qwen3_5MoeVisionModel: BoundMoeVisionModel,
+}
 
 
-def bind(model: Any, *, full: AttentionBackend, linear: LinearAttentionBackend) -> Any:
+def bind(
+    model: Any, *, full: AttentionBackend, linear: LinearAttentionBackend, vision: AttentionBackend | None = None
+) -> Any:
     """Give this model's layers their backends, in place; no other model is touched.
 
     Args:
         model: a Qwen3.5 model of transformers, dense or mixture of experts, with or without its tower.
         full: for full-attention layers.
         linear: for Gated DeltaNet layers.
+        vision: for the layers of the tower, which stays stock where None.
 
     Returns:
         The model.
     """
+    slots: tuple[tuple[dict[type, Any], Any], ...] = ((_FULL, full), (_LINEAR, linear), (_VISION, vision))
     for module in model.modules():
-        for bound_classes, backend in ((_FULL, full), (_LINEAR, linear)):
+        for bound_classes, backend in slots:
             # A model that is bound already is bound anew.
-            if type(module) in (*bound_classes, *bound_classes.values()):
+            if backend is not None and type(module) in (*bound_classes, *bound_classes.values()):
                 module.__class__ = bound_classes.get(type(module), type(module))
                 module.qwenft_backend = backend
     return model
@@ -192,12 +274,16 @@ def hidden_states(model: Any, input_ids: torch.Tensor, layout: SequenceLayout) -
     Returns:
         [T, H].
     """
-    # A dict of Nones builds no T x T mask; positions restart in every document.
-    output = decoder_of(model)(
-        input_ids=input_ids[None],
-        position_ids=layout.position_ids[None],
-        attention_mask={"full_attention": None, "linear_attention": None},
-        use_cache=False,
-        layout=layout,
-    )
-    return output.last_hidden_state[0]
+    return decoder_of(model)(**stream_arguments(input_ids, layout)).last_hidden_state[0]
+
+
+def stream_arguments(input_ids: torch.Tensor, layout: SequenceLayout) -> dict[str, Any]:
+    """What a bound decoder is called with for a flat stream of ids [T]."""
+    return {
+        "input_ids": input_ids[None],
+        "position_ids": layout.position_ids[None],  # they restart in every document
+        # A dict of Nones, or transformers builds a T x T mask.
+        "attention_mask": {"full_attention": None, "linear_attention": None},
+        "use_cache": False,
+        "layout": layout,
+    }

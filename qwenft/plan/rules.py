@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qwenft.machine import Machine
     from qwenft.plan.choice import Choice
     from qwenft.specs.adapter import AdapterSpec
+    from qwenft.specs.attention import AttentionSpec
     from qwenft.specs.model import ModelSpec
     from qwenft.specs.training import TrainingSpec
 
@@ -34,7 +35,7 @@ class Slot:
     """An attention slot of a draft.
 
     Args:
-        name: "full" or "linear".
+        name: "full", "linear", or "vision" where the tower is loaded.
         choice: the backend, and what "auto" passed over.
         automatic: "auto" chose it.
         problem: what the layers ask of it.
@@ -60,6 +61,7 @@ class Draft:
         model: what is asked of the checkpoint.
         data: the data, or None.
         adapter: what is trained.
+        attention: the backends that are asked for.
         training: the loop.
         checkpoint: the architecture of the whole checkpoint.
         architecture: the part of it that is loaded.
@@ -73,6 +75,7 @@ class Draft:
     model: ModelSpec
     data: DataSpec | None
     adapter: AdapterSpec
+    attention: AttentionSpec
     training: TrainingSpec
     checkpoint: Architecture
     architecture: Architecture
@@ -82,6 +85,11 @@ class Draft:
     compute_dtype: str
     slots: tuple[Slot, ...]
 
+    @property
+    def backends(self) -> dict[str, Any]:
+        """The backend of each slot."""
+        return {slot.name: slot.backend for slot in self.slots}
+
 
 def vision_tower(draft: Draft) -> Iterator[Finding]:
     """Ask for a tower only where there is one."""
@@ -89,6 +97,12 @@ def vision_tower(draft: Draft) -> Iterator[Finding]:
         yield error("model.vision", f"{draft.checkpoint.name} has no vision tower", ".text_only()")
     if not draft.model.vision and not draft.checkpoint.is_text_only:
         yield note("model.vision", "the vision tower is not loaded; exports keep it as it is")
+    if draft.attention.vision != "auto" and draft.architecture.is_text_only:
+        yield error(
+            "attention.vision",
+            f"{draft.attention.vision!r} would attend in a tower that is not loaded",
+            "recipe.with_model(vision=True), or leave vision out",
+        )
 
 
 def precision(draft: Draft) -> Iterator[Finding]:
@@ -200,7 +214,8 @@ def packing_is_exact(draft: Draft) -> Iterator[Finding]:
         data for data in (draft.data, getattr(draft.data, "held_out", None)) if getattr(data, "packed", False)
     ]
     for slot in draft.slots:
-        if packed and not slot.backend.supports_packing:
+        # The tower is given image by image where its backend cannot keep them apart.
+        if packed and slot.name != "vision" and not slot.backend.supports_packing:
             yield error(
                 "data.packing",
                 f"documents are packed, but attention.{slot.name} = {slot.backend!r} has supports_packing = "
@@ -230,6 +245,24 @@ def backend_chosen(draft: Draft) -> Iterator[Finding]:
         if slot.automatic:
             passed = f"; passed over: {', '.join(slot.choice.passed_over)}" if slot.choice.passed_over else ""
             yield note(f"attention.{slot.name}", f'"auto" chose {slot.backend.name}{passed}')
+
+
+def backend_differs(draft: Draft) -> Iterator[Finding]:
+    """Say where nothing can prove the numbers of a backend."""
+    for slot in draft.slots:
+        if not slot.backend.exact:
+            yield note(
+                f"attention.{slot.name}",
+                f"{slot.backend!r} means to compute something of its own (exact = False): "
+                "isolation is verified, its numbers are not",
+            )
+
+
+def backend_from_network(draft: Draft) -> Iterator[Finding]:
+    """Name all code that a run fetches."""
+    for slot in draft.slots:
+        if slot.backend.remote_code is not None:
+            yield note(f"attention.{slot.name}", f"runs code from the hub: {slot.backend.remote_code}")
 
 
 def backend_is_kept(draft: Draft) -> Iterator[Finding]:
@@ -307,6 +340,8 @@ RULES: tuple[Callable[[Draft], Iterator[Finding]], ...] = (
     packing_is_exact,
     backend_can,
     backend_chosen,
+    backend_differs,
+    backend_from_network,
     backend_is_kept,
     lengths_fit,
     evaluation,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qwenft.errors import SpecError, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Mapping
 
     import attrs
 
@@ -24,16 +24,35 @@ def spec(cls: S) -> S:
             setattr(cls, name, classmethod(_checked(attribute.__func__, f"{cls.__name__}.{name}")))
         elif inspect.isfunction(attribute) and not name.startswith("_"):
             setattr(cls, name, _checked(attribute, f"{cls.__name__}.{name}"))
-    cls.__init__ = _checked(cls.__init__, cls.__name__)  # type: ignore[misc]
+    cls.__init__ = _checked(cls.__init__, cls.__name__, cls)  # type: ignore[misc]
     return cls
 
 
-def _checked(function: Callable[..., Any], label: str) -> Callable[..., Any]:
+def refuse_renamed(cls: type, names: Iterable[str]) -> None:
+    """Refuse arguments of other libraries and times that ``cls.RENAMED`` maps to what stands for them here.
+
+    Raises:
+        SpecError: one of ``names`` is such.
+    """
+    renamed: Mapping[str, str] = getattr(cls, "RENAMED", {})
+    for name in names:
+        if name in renamed:
+            raise SpecError(
+                f"{cls.__name__} has no argument {name!r}: it is written {renamed[name]}",
+                fix=f"{cls.__name__}({renamed[name]})",
+                got=name,
+                expected=renamed[name],
+            )
+
+
+def _checked(function: Callable[..., Any], label: str, cls: type | None = None) -> Callable[..., Any]:
     """``function``, raising SpecError where its arguments do not fit its signature."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if cls is not None:
+            refuse_renamed(cls, kwargs)
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:

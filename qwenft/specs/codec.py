@@ -14,6 +14,7 @@ from cattrs.gen import make_dict_structure_fn
 
 from qwenft.capabilities import AttentionBackend, Backend, LinearAttentionBackend
 from qwenft.errors import CheckpointError, QwenftError, SpecError
+from qwenft.specs.base import refuse_renamed
 from qwenft.specs.data import DataSpec
 from qwenft.specs.rows import Rows
 
@@ -142,6 +143,7 @@ class Codec:
         def structure(value: Any, _: Any) -> T:
             if not isinstance(value, dict):
                 raise SpecError(f"{cls.__name__}: expected a JSON object, got {value!r}", got=value)
+            refuse_renamed(cls, value)
             return load(value, cls)
 
         return structure

@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from qwenft.specs.base import flag, one_of, spec, text
+from qwenft.specs.base import Check, flag, spec, text
 
 DTYPES = ("bfloat16", "float32")
 
@@ -15,6 +15,13 @@ DTYPES = ("bfloat16", "float32")
 def _path(source: Any) -> Any:
     """A path as its string; what is neither is left for the validator."""
     return os.fspath(source) if isinstance(source, os.PathLike) else source
+
+
+_DTYPE = Check(
+    lambda value: isinstance(value, str) and value in DTYPES,
+    "one of 'bfloat16', 'float32' (float16 overflows in Gated DeltaNet: its gradients are NaN)",
+    'ModelSpec(..., dtype="bfloat16")',
+)
 
 
 @spec
@@ -37,9 +44,7 @@ class ModelSpec:
     revision: str | None = attrs.field(
         default=None, kw_only=True, validator=text('ModelSpec(..., revision="main")', optional=True)
     )
-    dtype: str = attrs.field(
-        default="bfloat16", kw_only=True, validator=one_of(DTYPES, 'ModelSpec(..., dtype="bfloat16")')
-    )
+    dtype: str = attrs.field(default="bfloat16", kw_only=True, validator=_DTYPE)
     vision: bool = attrs.field(default=False, kw_only=True, validator=flag("ModelSpec(...).with_vision()"))
 
     def text_only(self) -> ModelSpec:

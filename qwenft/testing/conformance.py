@@ -9,17 +9,15 @@ import torch
 
 from qwenft.backends.eager import EagerAttention
 from qwenft.backends.reference import ReferenceDeltaRule
+from qwenft.comparison import ConformanceReport, Probe, Suite
 from qwenft.errors import SpecError
 from qwenft.kernels.layout import SequenceLayout
-from qwenft.testing.comparison import ConformanceError, ConformanceReport, Probe, Suite
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qwenft.capabilities import AttentionBackend, Backend, LinearAttentionBackend
-    from qwenft.testing.comparison import Call
-
-__all__ = ["ConformanceError", "ConformanceReport", "check_attention", "check_linear_attention"]
+    from qwenft.comparison import Call
 
 # Long documents stand first and last, so that a leak in either direction finds a neighbour to show in.
 PACKED: dict[str, tuple[int, ...]] = {
@@ -36,16 +34,16 @@ def check_attention(
     *,
     device: str = "cpu",
     dtype: str = "float32",
-    parity: bool = True,
     tolerance: float | None = None,
 ) -> ConformanceReport:
     """Check a full-attention backend: isolation, determinism, and output and gradients against the reference.
+
+    A backend that declares ``exact = False`` is compared with itself alone.
 
     Args:
         backend: the backend, which needs no registration.
         device: where to run it.
         dtype: of query, key and value.
-        parity: compare with dense causal attention; False for an attention that means to differ from it.
         tolerance: the largest relative error; 1e-4 for float32, 2e-2 for 16 bits where None.
 
     Returns:
@@ -59,10 +57,10 @@ def check_attention(
     for heads in ((2, 2), (4, 2)):
         for name, lengths in _cases(backend).items():
             layout = SequenceLayout(lengths, device=device)
-            _check_attention_case(suite, f"{name}, {heads[0]}/{heads[1]} heads", layout, heads, parity=parity)
+            _check_attention_case(suite, f"{name}, {heads[0]}/{heads[1]} heads", layout, heads)
     lengths, asked = ((130, 3, 1, 65), (1, 3, 1, 2)) if backend.supports_packing else ((130,), (2,))
     layout = SequenceLayout(lengths, query_lengths=asked, device=device)
-    probe = _attention_probe(suite, "last tokens ask", layout, parity=parity)
+    probe = _attention_probe(suite, "last tokens ask", layout)
     suite.parity(probe, _attention_inputs(suite, layout, (4, 2)))
     return suite.report()
 
@@ -72,16 +70,16 @@ def check_linear_attention(
     *,
     device: str = "cpu",
     dtype: str = "float32",
-    parity: bool = True,
     tolerance: float | None = None,
 ) -> ConformanceReport:
     """Check a Gated DeltaNet backend, its convolution and its scan apart: each of them can leak.
+
+    A backend that declares ``exact = False`` is compared with itself alone.
 
     Args:
         backend: the backend, which needs no registration.
         device: where to run it.
         dtype: of all inputs but log_decay, which is float32.
-        parity: compare with the token-by-token rule; False for a rule that means to differ from it.
         tolerance: the largest relative error; 1e-4 for float32, 2e-2 for 16 bits where None.
 
     Returns:
@@ -94,9 +92,9 @@ def check_linear_attention(
     suite = _suite(backend, device, dtype, tolerance)
     for name, lengths in _cases(backend).items():
         layout = SequenceLayout(lengths, device=device)
-        _check_conv_case(suite, name, layout, parity=parity)
+        _check_conv_case(suite, name, layout)
         for heads in ((2, 2), (2, 4)):
-            _check_scan_case(suite, f"{name}, {heads[0]}/{heads[1]} heads", layout, heads, parity=parity)
+            _check_scan_case(suite, f"{name}, {heads[0]}/{heads[1]} heads", layout, heads)
     return suite.report()
 
 
@@ -111,23 +109,21 @@ def _cases(backend: Backend) -> dict[str, tuple[int, ...]]:
     return {**PACKED, **SINGLE} if backend.supports_packing else SINGLE
 
 
-def _check_attention_case(
-    suite: Suite, case: str, layout: SequenceLayout, heads: tuple[int, int], *, parity: bool
-) -> None:
-    probe = _attention_probe(suite, case, layout, parity=parity)
+def _check_attention_case(suite: Suite, case: str, layout: SequenceLayout, heads: tuple[int, int]) -> None:
+    probe = _attention_probe(suite, case, layout)
     inputs = _attention_inputs(suite, layout, heads)
     suite.isolation(probe, inputs, _attention_inputs(suite, layout, heads), {})
     suite.determinism(probe, inputs)
+    suite.buffers(probe, inputs)
     suite.parity(probe, inputs)
 
 
-def _attention_probe(suite: Suite, case: str, layout: SequenceLayout, *, parity: bool) -> Probe:
+def _attention_probe(suite: Suite, case: str, layout: SequenceLayout) -> Probe:
     def attend_by(backend: AttentionBackend) -> Call:
         return lambda query, key, value: backend.attend(query, key, value, layout=layout, scale=0.125)
 
-    return Probe(
-        case, "attention", layout, attend_by(suite.backend), attend_by(EagerAttention()) if parity else None
-    )
+    reference = attend_by(EagerAttention()) if suite.backend.exact else None
+    return Probe(case, "attention", layout, attend_by(suite.backend), reference)
 
 
 def _attention_inputs(suite: Suite, layout: SequenceLayout, heads: tuple[int, int]) -> dict[str, Tensor]:
@@ -139,7 +135,7 @@ def _attention_inputs(suite: Suite, layout: SequenceLayout, heads: tuple[int, in
     }
 
 
-def _check_conv_case(suite: Suite, case: str, layout: SequenceLayout, *, parity: bool) -> None:
+def _check_conv_case(suite: Suite, case: str, layout: SequenceLayout) -> None:
     channels, width = 32, 4
 
     def convolve_by(backend: LinearAttentionBackend) -> Call:
@@ -151,20 +147,19 @@ def _check_conv_case(suite: Suite, case: str, layout: SequenceLayout, *, parity:
 
         return convolve
 
-    reference = convolve_by(ReferenceDeltaRule()) if parity else None
+    reference = convolve_by(ReferenceDeltaRule()) if suite.backend.exact else None
     probe = Probe(case, "conv", layout, convolve_by(suite.backend), reference)
     stream = {"x": suite.random(layout.total, channels)}
     shared = {"weight": suite.random(channels, width), "bias": suite.random(channels)}
     suite.isolation(probe, stream, {"x": suite.random(layout.total, channels)}, shared)
     suite.determinism(probe, stream | shared)
+    suite.buffers(probe, stream | shared)
     suite.parity(probe, stream | shared)
     state = {"initial_state": suite.random(len(layout), width - 1, channels)}
     suite.parity(attrs.evolve(probe, case=f"{case}, with states"), stream | shared | state)
 
 
-def _check_scan_case(
-    suite: Suite, case: str, layout: SequenceLayout, heads: tuple[int, int], *, parity: bool
-) -> None:
+def _check_scan_case(suite: Suite, case: str, layout: SequenceLayout, heads: tuple[int, int]) -> None:
     def scan_by(backend: LinearAttentionBackend) -> Call:
         def scan(*inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
             state = inputs[5] if len(inputs) > 5 else None
@@ -174,12 +169,13 @@ def _check_scan_case(
 
         return scan
 
-    reference = scan_by(ReferenceDeltaRule()) if parity else None
+    reference = scan_by(ReferenceDeltaRule()) if suite.backend.exact else None
     probe = Probe(case, "scan", layout, scan_by(suite.backend), reference)
     # A slow decay, so that what a scan carries over from the document before does not fade before it is seen.
     slow = _scan_inputs(suite, layout, heads, decay=0.02)
     suite.isolation(probe, slow, _scan_inputs(suite, layout, heads, decay=0.02), {})
     suite.determinism(probe, slow)
+    suite.buffers(probe, slow)
     suite.parity(probe, slow)
     fast = _scan_inputs(suite, layout, heads, decay=4.0)
     D, E = fast["key"].shape[2], fast["value"].shape[2]

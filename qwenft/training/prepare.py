@@ -11,9 +11,9 @@ from qwenft.models.precision import compute_in
 from qwenft.plan.coverage import trained_weights
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
-    from qwenft.capabilities import AttentionBackend, LinearAttentionBackend
     from qwenft.family.architectures import Architecture
     from qwenft.specs.adapter import AdapterSpec
 
@@ -23,8 +23,7 @@ def prepare_model(
     loaded: Architecture,
     *,
     adapter: AdapterSpec,
-    full: AttentionBackend,
-    linear: LinearAttentionBackend,
+    backends: Mapping[str, Any],
     dtype: str,
     compute_dtype: str,
     device: str,
@@ -37,8 +36,7 @@ def prepare_model(
         folder: the checkpoint.
         loaded: the part of its architecture to load.
         adapter: what is trained; trained parameters are float32.
-        full: backend of the full-attention layers.
-        linear: backend of the Gated DeltaNet layers.
+        backends: of the attention slots, by name.
         dtype: in which frozen weights are held.
         compute_dtype: in which the layers compute.
         device: "cpu" or "cuda".
@@ -46,7 +44,7 @@ def prepare_model(
         seed: of the adapter's initial values.
     """
     model = load_model(folder, loaded, dtype=dtype, device=device)
-    bind(model, full=full, linear=linear)
+    bind(model, **backends)
     compute_in(model, compute_dtype)
     if adapter.kind == "lora":
         return add_lora(model, lora_config(loaded, adapter, source), seed=seed)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from qwenft.backends import EagerAttention, ReferenceDeltaRule, SdpaAttention, TorchDeltaRule
-from qwenft.errors import LeakError, QwenftError, SpecError
+from qwenft.errors import ConformanceError, LeakError, QwenftError, SpecError
 from qwenft.kernels.layout import SequenceLayout
-from qwenft.testing.conformance import ConformanceError, check_attention, check_linear_attention
+from qwenft.testing.conformance import check_attention, check_linear_attention
 
 RUNS_HERE_FULL = [EagerAttention(), SdpaAttention()]
 RUNS_HERE_LINEAR = [TorchDeltaRule(), pytest.param(ReferenceDeltaRule(), marks=pytest.mark.long)]
@@ -38,7 +38,7 @@ def test_a_report_prints_a_small_table():
     """A report names the backend and gives one line to each kind of check."""
     lines = str(check_attention(SdpaAttention())).splitlines()
     assert lines[0].startswith("SdpaAttention() on cpu in float32: ")
-    assert len(lines) == 8
+    assert len(lines) == 9
     assert any("other documents unchanged" in line and "0.0e+00" in line for line in lines)
 
 
@@ -179,14 +179,22 @@ def test_a_wrong_result_names_its_case():
     ) as found:
         check_attention(_WrongScale())
     assert isinstance(found.value, QwenftError)
-    assert isinstance(found.value, AssertionError)
+    assert isinstance(found.value, RuntimeError)
     assert found.value.error > found.value.limit
 
 
 def test_an_attention_that_means_to_differ_is_checked_without_the_reference():
-    """parity=False leaves isolation and determinism."""
-    report = check_attention(_WrongScale(), parity=False)
-    assert {row.check for row in report.rows} == {"other documents unchanged", "same output twice"}
+    """Exact = False leaves isolation and determinism."""
+
+    class Different(_WrongScale):
+        exact = False
+
+    report = check_attention(Different())
+    assert {row.check for row in report.rows} == {
+        "other documents unchanged",
+        "same output twice",
+        "NaN in fresh buffers not read",
+    }
 
 
 class _NotFinite(TorchDeltaRule):
@@ -202,6 +210,22 @@ def test_gradients_that_are_not_finite_fail():
     """NaN in a gradient never counts as a small error."""
     with pytest.raises(ConformanceError, match=r"scan, .*gradient of key: relative error inf"):
         check_linear_attention(_NotFinite())
+
+
+class _ReadsFreshMemory(SdpaAttention):
+    """Adds nothing, where the memory that it was given happens to be zero."""
+
+    name = "reads-fresh-memory"
+
+    def attend(self, query, key, value, *, layout, scale, causal=True):
+        output = super().attend(query, key, value, layout=layout, scale=scale, causal=causal)
+        return output + torch.empty_like(output) * 0
+
+
+def test_reading_unwritten_memory_fails():
+    """A buffer that is read before it is written shows, also where it held zeros by chance."""
+    with pytest.raises(ConformanceError, match="NaN in fresh buffers not read"):
+        check_attention(_ReadsFreshMemory())
 
 
 class _Noisy(SdpaAttention):

@@ -36,7 +36,7 @@ def test_backends_compare_by_class_and_fields():
     assert repr(backends.linear("torch")) == "TorchDeltaRule()"
 
 
-@pytest.mark.parametrize(("slot", "name", "meant"), [("full", "sdp", "sdpa"), ("linear", "torsch", "torch")])
+@pytest.mark.parametrize(("slot", "name", "meant"), [("full", "sdpaa", "sdpa"), ("linear", "torsch", "torch")])
 def test_an_unknown_name_gets_the_known_ones_and_the_nearest(slot, name, meant):
     """A misspelt name is answered with the slot, the name that was meant and the names there are."""
     with pytest.raises(
@@ -46,6 +46,24 @@ def test_an_unknown_name_gets_the_known_ones_and_the_nearest(slot, name, meant):
         getattr(backends, slot)(name)
     assert found.value.got == name
     assert meant in found.value.expected
+
+
+@pytest.mark.parametrize(
+    ("slot", "name", "meant"),
+    [
+        ("full", "sdp", "sdpa"),
+        ("full", "xformers", "sdpa"),
+        ("vision", "sdp", "sdpa"),
+        ("linear", "stock", "transformers"),
+    ],
+)
+def test_a_short_name_of_others_is_refused_with_the_right_one(slot, name, meant):
+    """An alias is never taken: the message and the fix say what to write."""
+    with pytest.raises(
+        SpecError, match=rf"attention\.{slot}: no backend is called '{name}'; its name here is '{meant}'\. Known: "
+    ) as found:
+        backends.find(slot, name)
+    assert found.value.fix == f'AttentionSpec({slot}="{meant}")'
 
 
 def test_a_name_like_no_other_gets_auto():

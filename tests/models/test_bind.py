@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ import transformers
 from qwenft import backends
 from qwenft.models.bind import bind, causal_of, hidden_states
 from qwenft.models.loss import supervised_loss
-from qwenft.testing import stock_logits
+from qwenft.testing import stock_logits, tiny_checkpoint
 
 from .helpers import LENGTHS, batch_of, bound, documents, next_token_labels, packed_logits, relative
 
@@ -125,21 +128,52 @@ def test_without_a_layout_it_behaves_as_stock(checkpoint, stock):
             assert relative(got, wanted) < 1e-4
 
 
-def test_left_padding_and_cache_change_nothing(checkpoint):
-    """Greedy answers of a left-padded batch are those of each prompt alone, token by token without a cache."""
+STOCK_GENERATION = """
+import json, sys
+for package in ("fla", "causal_conv1d"):
+    sys.modules[package] = None  # transformers would choose their kernels, which need a GPU
+import torch, transformers
+checkpoint, ids, mask, tokens = json.loads(sys.stdin.read())
+torch.set_num_threads(1)
+model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype="float32").eval()
+answers = model.generate(
+    input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), max_new_tokens=tokens, min_new_tokens=tokens,
+    do_sample=False, pad_token_id=0,
+)
+print(json.dumps(answers.tolist()))
+"""
+
+
+@pytest.mark.parametrize("linear", ["torch", "one by one"])
+def test_greedy_generation_equals_stock_token_for_token(checkpoint, linear):
+    """64 tokens of four left-padded prompts are stock's, with a backend that packs and one that cannot."""
+
+    class OneByOne(backends.TorchDeltaRule):
+        supports_packing = False
+
+        def delta_rule(self, *inputs, layout, **options):
+            assert len(layout) == 1
+            return super().delta_rule(*inputs, layout=layout, **options)
+
+    prompts = documents((5, 70, 1, 33), seed=3)
+    width, tokens = max(map(len, prompts)), 64
+    ids = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK_GENERATION],
+        input=json.dumps([str(checkpoint), ids, mask, tokens]),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     model = bound(checkpoint)
-    prompts = documents([5, 12, 30, 70])
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    answers = model.generate(input_ids=ids, attention_mask=mask, **options)[:, width:]
-    for prompt, answer in zip(prompts, answers, strict=True):
-        stream = list(prompt)
-        for _ in range(12):
-            with torch.no_grad():
-                stream.append(int(packed_logits(model, [stream])[0][-1, : model.config.vocab_size].argmax()))
-        assert answer.tolist() == stream[len(prompt) :]
+    bind(
+        model, full=backends.full("sdpa"), linear=OneByOne() if linear == "one by one" else backends.linear(linear)
+    )
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    answers = model.generate(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), **options)
+    assert answers.shape == (4, width + tokens)
+    assert answers.tolist() == json.loads(done.stdout.splitlines()[-1])
 
 
 def test_the_model_inside_a_peft_model_is_found(dense_checkpoint):
@@ -160,3 +194,62 @@ def test_vision_language_class_trains_on_the_same_stream(dense_checkpoint, stock
         packed = packed_logits(model, documents())
     for got, wanted in zip(packed, stock[dense_checkpoint].logits, strict=True):
         assert relative(got, wanted) < 1e-4
+
+
+GRIDS = [[1, 4, 6], [2, 2, 4], [1, 8, 2]]
+
+
+@pytest.fixture(scope="module", params=["vision", "moe-vision"])
+def tower(request, tmp_path_factory):
+    """The stock tower of a tiny checkpoint."""
+    from qwenft.models.checkpoint import architecture_of
+    from qwenft.models.load import load_model
+    from qwenft.specs.model import ModelSpec
+
+    path = tiny_checkpoint(tmp_path_factory.mktemp("tower") / "checkpoint", request.param)
+    return load_model(path, architecture_of(ModelSpec(path)), dtype="float32").model.visual.eval()
+
+
+class _OneImage(backends.EagerAttention):
+    """An attention that cannot keep images apart."""
+
+    supports_packing = False
+
+    def attend(self, query, key, value, *, layout, scale, causal=True):
+        assert len(layout) == 1
+        return super().attend(query, key, value, layout=layout, scale=scale, causal=causal)
+
+
+@pytest.mark.parametrize("backend", [backends.full("eager"), backends.full("sdpa"), _OneImage()], ids=repr)
+def test_a_bound_tower_equals_the_stock_one(tower, backend):
+    """Images and frames of every size have the features, and the tower the gradients, that stock gives them."""
+    ours = bind(copy.deepcopy(tower), full=backend, linear=backends.linear("torch"), vision=backend)
+    patches = sum(frames * height * width for frames, height, width in GRIDS)
+    pixels = torch.randn(patches, 3 * 2 * 16 * 16, generator=torch.Generator().manual_seed(0))
+    features = [model(pixels, grid_thw=torch.tensor(GRIDS)).pooler_output for model in (ours, tower)]
+    assert relative(*features) < 1e-5
+    weights = torch.randn(features[0].shape, generator=torch.Generator().manual_seed(1))
+    gradients = [
+        torch.autograd.grad(f, list(model.parameters()), weights)
+        for f, model in zip(features, (ours, tower), strict=True)
+    ]
+    for name, got, wanted in zip(dict(tower.named_parameters()), *gradients, strict=True):
+        assert relative(got, wanted) < 1e-4 or wanted.abs().max() < 1e-6, name
+    assert type(tower).__name__.startswith("Qwen3_5")
+
+
+def test_a_bound_tower_keeps_images_apart(tower):
+    """Other pixels in one image leave the features of the others as they were, to the bit."""
+    ours = bind(
+        copy.deepcopy(tower),
+        full=backends.full("sdpa"),
+        linear=backends.linear("torch"),
+        vision=backends.full("sdpa"),
+    )
+    pixels = torch.randn(24 + 16 + 16, 3 * 2 * 16 * 16, generator=torch.Generator().manual_seed(0))
+    other = torch.cat([pixels[:24], -pixels[24:40], pixels[40:]])
+    with torch.no_grad():
+        before, after = (ours(x, grid_thw=torch.tensor(GRIDS)).pooler_output for x in (pixels, other))
+    assert torch.equal(before[:6], after[:6])
+    assert torch.equal(before[10:], after[10:])
+    assert not torch.equal(before[6:10], after[6:10])

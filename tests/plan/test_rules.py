@@ -566,3 +566,41 @@ def test_findings_read_as_place_problem_and_fix():
     assert str(error("a.b", "is wrong", "mend it")) == "a.b: is wrong\n     Fix: mend it"
     assert str(note("a.b", "is so")) == "a.b: is so"
     assert error("a", "b", "c") == Finding("error", "a", "b", "c")
+
+
+def test_the_tower_has_a_slot_of_its_own():
+    """A loaded tower is given the best backend, or the one that is named; it may be one that cannot pack."""
+    asked = recipe().with_model(vision=True)
+    assert [slot.name for slot in asked.compile().draft.slots] == ["full", "linear", "vision"]
+    assert one(asked, "attention.vision", "note").endswith("chose sdpa")
+    named = asked.with_attention(vision=Windowed(supports_packing=False)).with_data(DATA.pack())
+    assert named.compile(strict=False).draft.backends["vision"] == Windowed(supports_packing=False)
+    assert found(named, "data.packing") == []
+    assert "no backend is called 'sdp'" in one(asked.with_attention(vision="sdp"), "attention.vision")
+
+
+def test_attention_of_a_tower_that_is_not_loaded_is_an_error():
+    """A slot that would be ignored is refused."""
+    message = one(recipe().with_attention(vision="eager"), "attention.vision")
+    assert "'eager' would attend in a tower that is not loaded" in message
+    assert "Fix: recipe.with_model(vision=True), or leave vision out" in message
+
+
+def test_a_backend_that_means_to_differ_is_named():
+    """Where no reference can prove the numbers the plan says so."""
+
+    class Different(Windowed):
+        exact = False
+
+    notes = found(recipe().with_attention(full=Different(supports_packing=True)), "attention.full", "note")
+    assert "isolation is verified, its numbers are not" in notes[0]
+
+
+def test_code_from_the_network_is_listed():
+    """A backend that fetches code says where from, and the plan says it too."""
+
+    class Fetched(Windowed):
+        remote_code = "org/name@0123"
+
+    notes = found(recipe().with_attention(full=Fetched(supports_packing=True)), "attention.full", "note")
+    assert "attention.full: runs code from the hub: org/name@0123" in notes

@@ -47,6 +47,7 @@ def test_a_backend_is_saved_as_its_class_and_fields():
     assert Codec(None).dump(spec) == {
         "full": {"class": f"{__name__}:Windowed", "fields": {"width": 7, "shape": [1, 2]}},
         "linear": "torch",
+        "vision": "auto",
     }
     assert round_trip(spec, allow_modules=[__name__]) == spec
 

@@ -1,4 +1,5 @@
 import math
+import re
 
 import attrs
 import pytest
@@ -9,6 +10,7 @@ from qwenft.family.roles import ROLES
 from qwenft.recipe import Recipe
 from qwenft.specs.adapter import AdapterSpec
 from qwenft.specs.attention import AttentionSpec
+from qwenft.specs.codec import Codec
 from qwenft.specs.data import DataSpec
 from qwenft.specs.model import ModelSpec
 from qwenft.specs.parallel import ParallelSpec
@@ -217,7 +219,12 @@ NOT_FLAG = ["yes", 1, 0, None]
 ILL_TYPED = [
     (ModelSpec, "source", "a string that is not empty", ["", 5, None, b"m", ["m"]]),
     (ModelSpec, "revision", "a string that is not empty or None", ["", 5, b"main"]),
-    (ModelSpec, "dtype", "one of 'bfloat16', 'float32'", ["bf16", "float16", None, 32, ["float32"]]),
+    (
+        ModelSpec,
+        "dtype",
+        "one of 'bfloat16', 'float32' (float16 overflows in Gated DeltaNet: its gradients are NaN)",
+        ["bf16", "float16", None, 32, ["float32"]],
+    ),
     (ModelSpec, "vision", "True or False", NOT_FLAG),
     (AdapterSpec, "kind", "one of 'lora', 'full'", ["qlora", None, 1]),
     (AdapterSpec, "rank", WHOLE_1, [0, -1, None, *NOT_WHOLE]),
@@ -251,6 +258,7 @@ ILL_TYPED = [
         'a backend\'s name, "auto", or an object of AttentionBackend',
         ["", None, True, TorchDeltaRule()],
     ),
+    (AttentionSpec, "vision", "an object of AttentionBackend", ["", None, 1, TorchDeltaRule()]),
     (AttentionSpec, "linear", "an object of LinearAttentionBackend", ["", None, False, EagerAttention()]),
     (DataSpec, "format", "one of 'messages'", ["text", None]),
     (
@@ -314,6 +322,41 @@ def test_a_wrong_value_is_refused_with_what_was_expected(cls, field, expected, v
     assert caught.value.got is value
 
 
+RENAMED = {
+    "flash_attention": 'full="flash_attention_2"',
+    "sdp_attention": 'full="sdpa"',
+    "flex_attention": 'full="flex_attention"',
+    "xformers_attention": 'full="sdpa"',
+    "eager_attention": 'full="eager"',
+    "attn_implementation": 'full="sdpa"',
+}
+
+
+@pytest.mark.parametrize("beside", [{}, {"full": "sdpa"}, {"linear": "torch"}], ids=str)
+@pytest.mark.parametrize("name", RENAMED)
+def test_arguments_of_other_trainers_are_refused_with_what_to_write(name, beside):
+    """An old boolean, alone or beside a name, in Python or in JSON, is answered with the name to use."""
+    message = re.escape(
+        f"AttentionSpec has no argument {name!r}: it is written {RENAMED[name]}\n  Fix: AttentionSpec({RENAMED[name]})"
+    )
+    with pytest.raises(SpecError, match=message):
+        AttentionSpec(**{name: True}, **beside)
+    with pytest.raises(SpecError, match=message):
+        Recipe(MODEL).with_attention(**{name: True}, **beside)
+    with pytest.raises(SpecError, match=message):
+        Codec(None).load({"attention": {name: False, **beside}, "model": {"source": "m"}}, Recipe)
+
+
+@pytest.mark.parametrize("capability", ["supports_packing", "uses_flash_lib", "needs_half_precision", "exact"])
+def test_a_recipe_cannot_set_what_a_backend_can(capability):
+    """Capabilities belong to the backend's class: neither a spec nor a shipped backend takes one."""
+    with pytest.raises(SpecError, match=f"AttentionSpec has no argument '{capability}'"):
+        AttentionSpec(**{capability: True})
+    saved = {"class": "qwenft.backends.eager:EagerAttention", "fields": {capability: True}}
+    with pytest.raises(SpecError, match="EagerAttention, which cannot be made"):
+        Codec(None).load({"full": saved}, AttentionSpec)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -333,7 +376,10 @@ def test_a_wrong_value_is_refused_with_what_was_expected(cls, field, expected, v
             lambda: DATA.hold_out(2),
             r"DataSpec\.held_out: expected a fraction above 0 and below 1, or a DataSpec, got 2",
         ),
-        (lambda: MODEL.with_dtype("fp8"), r"ModelSpec\.dtype: expected one of 'bfloat16', 'float32', got 'fp8'"),
+        (
+            lambda: MODEL.with_dtype("fp8"),
+            r"ModelSpec\.dtype: expected one of 'bfloat16', 'float32' .*, got 'fp8'",
+        ),
         (lambda: DataSpec.messages([1]), r"DataSpec: expected every row to be a mapping, got int in row 1"),
         (
             lambda: DataSpec.messages(["a.jsonl", {}]),

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import attrs
 import torch
 
-from qwenft.errors import LeakError, QwenftError
+from qwenft.errors import ConformanceError, LeakError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
     from qwenft.kernels.layout import SequenceLayout
 
     Call = Callable[..., Tensor | tuple[Tensor, ...]]
-
-
-class ConformanceError(QwenftError, AssertionError):
-    """A backend failed a check (`.backend`, `.case`, `.check`, `.error`, `.limit`)."""
 
 
 @attrs.frozen
@@ -59,14 +57,38 @@ class ConformanceReport:
     dtype: str
     rows: tuple[ConformanceRow, ...]
 
+    def worst(self, kind: str) -> float:
+        """The largest error of the checks whose names begin with ``kind``; 0 where there were none."""
+        return max((row.error for row in self.rows if row.check.startswith(kind)), default=0.0)
+
     def __str__(self) -> str:
         title = f"{self.backend} on {self.device} in {self.dtype}: {len(self.rows)} checks passed"
-        lines = [f"{'half':<10}{'check':<32}{'worst error':>12}{'limit':>10}{'cases':>7}"]
+        wide = 2 + max(32, *(len(row.check) for row in self.rows))
+        lines = [f"{'half':<15}{'check':<{wide}}{'worst error':>12}{'limit':>10}{'cases':>7}"]
         for half, check in dict.fromkeys((row.half, row.check) for row in self.rows):
             rows = [row for row in self.rows if (row.half, row.check) == (half, check)]
             worst = max(row.error for row in rows)
-            lines.append(f"{half:<10}{check:<32}{worst:>12.1e}{rows[0].limit:>10.0e}{len(rows):>7}")
+            lines.append(f"{half:<15}{check:<{wide}}{worst:>12.1e}{rows[0].limit:>10.0e}{len(rows):>7}")
         return "\n".join([title, *lines])
+
+
+@attrs.frozen(repr=False)
+class Verification:
+    """What a plan's backends were proven by, on the machine and in the dtype of the run.
+
+    Args:
+        reports: of each attention slot, "full", "linear" and "vision".
+    """
+
+    reports: dict[str, ConformanceReport]
+
+    def __repr__(self) -> str:
+        return "\n".join(
+            f"attention.{slot}: {report.backend} on {report.device} in {report.dtype}: "
+            f"other documents changed by {report.worst('other documents'):.0e}, "
+            f"outputs off by {report.worst('output'):.0e}, gradients by {report.worst('gradient'):.0e}"
+            for slot, report in self.reports.items()
+        )
 
 
 @attrs.frozen
@@ -96,10 +118,14 @@ class Suite:
         device: where to run it.
         dtype: of its inputs.
         tolerance: the largest relative error against a reference; by the dtype where None.
+        fix: the line that mends a failure.
     """
 
-    def __init__(self, backend: Any, device: str, dtype: str, tolerance: float | None) -> None:
+    def __init__(
+        self, backend: Any, device: str, dtype: str, tolerance: float | None, *, fix: str | None = None
+    ) -> None:
         self.backend = backend
+        self.fix = fix
         self.device = device
         self.dtype = dtype
         single = dtype in ("float32", "float64")
@@ -160,6 +186,17 @@ class Suite:
         error = max(_largest_change(a, b) for a, b in zip(_tuple(again), _tuple(once), strict=True))
         self._add(probe, "same output twice", error, 0.0)
 
+    def buffers(self, probe: Probe, inputs: dict[str, Tensor]) -> None:
+        """Run with NaN in all memory that torch hands out unwritten: none of it may be read.
+
+        Raises:
+            ConformanceError: an output or a gradient is not finite.
+        """
+        with _filled_with_nan():
+            results = _run(probe.call, inputs)
+        finite = all(torch.isfinite(result).all() for result in results.values())
+        self._add(probe, "NaN in fresh buffers not read", 0.0 if finite else float("inf"), 0.0)
+
     def parity(self, probe: Probe, inputs: dict[str, Tensor]) -> None:
         """Compare outputs and the gradients of all inputs with a reference that is given the same in float32.
 
@@ -178,7 +215,7 @@ class Suite:
             where = f"{probe.half}, {probe.case}, {check}"
             msg = f"{self.backend!r} fails: {where}: relative error {error:.1e}, allowed {limit:.0e}"
             values = {"backend": self.backend, "half": probe.half, "case": probe.case, "check": check}
-            raise ConformanceError(msg, error=error, limit=limit, **values)
+            raise ConformanceError(msg, fix=self.fix, error=error, limit=limit, **values)
         self._rows.append(ConformanceRow(probe.case, probe.half, check, error, limit))
 
     def _raise_leak(self, probe: Probe, document: int, what: str, error: float) -> NoReturn:
@@ -186,8 +223,26 @@ class Suite:
             f"{self.backend!r} leaks in its {probe.half}: {probe.case}: with other tokens in document {document}, "
             f"the {what} of other documents changed by {error:.1e}, allowed {self.leak_limit:.0e}"
         )
-        fix = "keep documents apart by the layout, or declare supports_packing = False"
+        fix = self.fix or "keep documents apart by the layout, or declare supports_packing = False"
         raise LeakError(msg, fix=fix, half=probe.half, backend=self.backend, error=error, case=probe.case)
+
+
+@contextmanager
+def _filled_with_nan() -> Iterator[None]:
+    """torch.empty and its kin give NaN, which torch does in its deterministic mode alone."""
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = memory.fill_uninitialized_memory
+    try:
+        memory.fill_uninitialized_memory = True
+        torch.use_deterministic_algorithms(mode=True, warn_only=True)
+        with warnings.catch_warnings():
+            # Of operations that have no deterministic form, which is not what is looked for here.
+            warnings.filterwarnings("ignore", message=".*deterministic.*", category=UserWarning)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = filled
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

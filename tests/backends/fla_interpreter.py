@@ -1,0 +1,141 @@
+"""Checks the "fla" backend in Triton's interpreter, on CPU tensors, for test_fla.py; a process of its own.
+
+TRITON_INTERPRET must be in the environment before Triton is imported, and both it and FLA are left changed. Reads
+from standard input a list of cases, writes what passed to standard output; a check that fails ends the process.
+"""
+
+import builtins
+import json
+import sys
+import warnings
+
+import numpy as np
+import torch
+from triton import knobs
+from triton import language as tl
+from triton.runtime import interpreter
+from triton.runtime.autotuner import Autotuner
+
+from qwenft.backends.fla import FlaDeltaRule
+from qwenft.backends.reference import ReferenceDeltaRule
+from qwenft.comparison import Probe, Suite
+from qwenft.kernels.layout import SequenceLayout
+from qwenft.testing import conformance
+
+
+def prepare():
+    """Make FLA run in the interpreter: with one configuration a kernel, and where the interpreter is at fault."""
+    assert knobs.runtime.interpret, "TRITON_INTERPRET=1 must be in the environment"
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", message=r".*[Ss]wig", category=DeprecationWarning)
+    # FLA asks Triton for its GPU at import. What it then takes for granted, "cuda", goes well with CPU tensors.
+    warnings.filterwarnings("ignore", message="Triton is not supported on current platform", category=UserWarning)
+    # Entries above the diagonal overflow and are masked away, in numpy with a warning.
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
+    Autotuner.__init__ = keep_first_configuration(Autotuner.__init__)
+    interpreter.InterpreterBuilder.create_splat = splat
+    from fla.ops.common import chunk_delta_h
+
+    # Its loops call methods of the index, which is a number of Python's in the interpreter.
+    chunk_delta_h.range = tensor_range
+
+
+def keep_first_configuration(initialise):
+    """Choosing among configurations would run each of them, in an interpreter that has no use for them."""
+
+    def first_only(self, fn, arg_names, configs, *arguments, **options):
+        initialise(self, fn, arg_names, configs[:1], *arguments, **options)
+
+    return first_only
+
+
+def splat(_builder, block_type, scalar):
+    """Triton 3.9 takes the dtype from the operands of a comparison, so that a mask of int64 comes out of it."""
+    return interpreter.TensorHandle(np.full(block_type.shape, scalar.data.reshape(-1)[0]), scalar.dtype.scalar)
+
+
+def tensor_range(*bounds):
+    numbers = [int(bound.handle.data.item()) if isinstance(bound, tl.core.tensor) else bound for bound in bounds]
+    for number in builtins.range(*numbers):
+        handle = interpreter.TensorHandle(np.array([number], dtype=np.int32), tl.int32)
+        yield tl.core.tensor(handle, tl.int32)
+
+
+def scan_inputs(suite, layout, *, heads, dims, decay, norm, states, **_others):
+    (K, V), (D, E) = heads, dims
+    inputs = {
+        "query": norm * suite.random(layout.total, K, D),
+        "key": norm * suite.random(layout.total, K, D),
+        "value": suite.random(layout.total, V, E),
+        "log_decay": -decay * torch.sigmoid(suite.random(layout.total, V)),
+        "beta": torch.sigmoid(suite.random(layout.total, V)),
+    }
+    return inputs | ({"initial_state": suite.random(len(layout), V, D, E)} if states else {})
+
+
+def scan_of(backend, layout, **_case):
+    def scan(query, key, value, log_decay, beta, initial_state=None):
+        inputs = (query, key, value, log_decay, beta)
+        wanted = initial_state is not None
+        return backend.delta_rule(*inputs, layout=layout, initial_state=initial_state, return_state=wanted)
+
+    return scan
+
+
+def conv_inputs(suite, layout, *, channels, width, bias, states, **_others):
+    inputs = {"x": suite.random(layout.total, channels), "weight": suite.random(channels, width)}
+    inputs |= {"bias": suite.random(channels)} if bias else {}
+    return inputs | ({"initial_state": suite.random(len(layout), width - 1, channels)} if states else {})
+
+
+def conv_of(backend, layout, *, bias, activation, states, **_others):
+    def convolve(x, weight, *optional):
+        return backend.short_conv(
+            x,
+            weight,
+            optional[0] if bias else None,
+            layout=layout,
+            activation=activation,
+            initial_state=optional[-1] if states else None,
+            return_state=states,
+        )
+
+    return convolve
+
+
+INPUTS = {"scan": scan_inputs, "conv": conv_inputs}
+CALLS = {"scan": scan_of, "conv": conv_of}
+#: The inputs that documents do not share.
+STREAMS = {"scan": ("query", "key", "value", "log_decay", "beta"), "conv": ("x",)}
+
+
+def check(case):
+    """The rows of one case: with NaN in fresh memory, against the reference, and with changed documents."""
+    suite, layout, half = Suite(FlaDeltaRule(), "cpu", "float32", 1e-5), SequenceLayout(case["lengths"]), case["half"]
+    inputs = INPUTS[half](suite, layout, **case)
+    calls = [CALLS[half](backend, layout, **case) for backend in (suite.backend, ReferenceDeltaRule())]
+    probe = Probe(case["name"], half, layout, *calls)
+    if case["isolated"]:
+        others = INPUTS[half](suite, layout, **case)
+        stream = {name: inputs[name] for name in STREAMS[half]}
+        shared = {name: tensor for name, tensor in inputs.items() if name not in stream}
+        suite.isolation(probe, stream, others, shared)
+        suite.buffers(probe, inputs)
+    else:
+        suite.parity(probe, inputs)
+    return suite.report().rows
+
+
+def contract():
+    """The suite that all backends pass, with fewer cases: an interpreted chunk of a head takes a third of a second."""
+    conformance.PACKED = conformance.PACKED | {"many tiny documents": (2, 1, 3) * 2}
+    conformance.SINGLE = {f"one document of {length}": (length,) for length in (1, 65, 130)}
+    return conformance.check_linear_attention(FlaDeltaRule(), tolerance=1e-5).rows
+
+
+if __name__ == "__main__":
+    prepare()
+    cases = json.load(sys.stdin)
+    rows = [row for case in cases for row in check(case)] if cases else contract()
+    json.dump([[row.case, row.half, row.check, row.error] for row in rows], sys.stdout)
