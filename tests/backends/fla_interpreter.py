@@ -112,7 +112,11 @@ STREAMS = {"scan": ("query", "key", "value", "log_decay", "beta"), "conv": ("x",
 
 def check(case):
     """The rows of one case: with NaN in fresh memory, against the reference, and with changed documents."""
-    suite, layout, half = Suite(FlaDeltaRule(), "cpu", "float32", 1e-5), SequenceLayout(case["lengths"]), case["half"]
+    suite, layout, half = (
+        Suite(FlaDeltaRule(), "cpu", "float32", 1e-5),
+        SequenceLayout(case["lengths"]),
+        case["half"],
+    )
     inputs = INPUTS[half](suite, layout, **case)
     calls = [CALLS[half](backend, layout, **case) for backend in (suite.backend, ReferenceDeltaRule())]
     probe = Probe(case["name"], half, layout, *calls)

@@ -34,13 +34,33 @@ def with_gradients(conv, tensors, **arguments):
 @pytest.mark.parametrize("lengths", LAYOUTS)
 @pytest.mark.parametrize("activation", ["silu", None])
 @pytest.mark.parametrize(("with_bias", "with_state"), [(False, False), (True, False), (False, True), (True, True)])
-def test_it_equals_conv1d_document_by_document(lengths, activation, with_bias, with_state):
-    """Output, final state and all gradients are those of a loop of conv1d over the documents."""
+def test_it_equals_the_reference_document_by_document(lengths, activation, with_bias, with_state):
+    """Output, final state and all gradients are those of the sums written out, one document at a time."""
     layout = SequenceLayout(lengths)
     x, weight, bias, state = make_inputs(layout)
     tensors = (x, weight, bias if with_bias else None, state if with_state else None)
     got = with_gradients(short_conv, tensors, layout=layout, activation=activation)
     expected = with_gradients(short_conv_reference, tensors, layout=layout, activation=activation)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
+
+
+def conv1d_one_by_one(x, weight, bias, *, layout, initial_state, return_state):
+    """torch's own convolution in a loop over the documents."""
+    inputs = [torch.cat([state, rows]) for state, rows in zip(initial_state, x.split(layout.lengths), strict=True)]
+    outputs = [torch.conv1d(rows.T[None], weight[:, None], bias, groups=len(weight))[0].T for rows in inputs]
+    last = torch.stack([rows[len(rows) - weight.shape[1] + 1 :] for rows in inputs])
+    return torch.nn.functional.silu(torch.cat(outputs)), last
+
+
+@pytest.mark.parametrize("conv", [short_conv, short_conv_reference])
+@pytest.mark.parametrize("lengths", LAYOUTS)
+def test_it_equals_conv1d_of_torch(conv, lengths):
+    """Output, final state and all gradients are those of torch.conv1d on each document, of the reference too."""
+    layout = SequenceLayout(lengths)
+    tensors = make_inputs(layout)
+    got = with_gradients(conv, tensors, layout=layout)
+    expected = with_gradients(conv1d_one_by_one, tensors, layout=layout)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
 

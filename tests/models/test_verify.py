@@ -42,6 +42,7 @@ class LeakingAttention(backends.SdpaAttention):
     """Takes the stream for one document."""
 
     def attend(self, query, key, value, *, layout, scale, causal=True):
+        """See the class."""
         return super().attend(query, key, value, layout=merged(layout), scale=scale, causal=causal)
 
 
@@ -49,6 +50,7 @@ class LeakingConv(backends.TorchDeltaRule):
     """Its taps reach over the start of a document."""
 
     def short_conv(self, x, weight, bias, *, layout, **options):
+        """See the class."""
         return super().short_conv(x, weight, bias, layout=merged(layout), **options)
 
 
@@ -58,6 +60,7 @@ class LeakingScan(backends.TorchDeltaRule):
     after = 0
 
     def delta_rule(self, *inputs, layout, **options):
+        """See the class."""
         return super().delta_rule(*inputs, layout=merged(layout, after=self.after), **options)
 
 
@@ -83,6 +86,7 @@ class WrongAttentionGradient(backends.SdpaAttention):
     """Its keys get a tenth too much."""
 
     def attend(self, query, key, value, *, layout, scale, causal=True):
+        """See the class."""
         return super().attend(query, WrongGradient.apply(key), value, layout=layout, scale=scale, causal=causal)
 
 
@@ -90,6 +94,7 @@ class WrongConvGradient(backends.TorchDeltaRule):
     """Its inputs get a tenth too much."""
 
     def short_conv(self, x, *rest, **options):
+        """See the class."""
         return super().short_conv(WrongGradient.apply(x), *rest, **options)
 
 
@@ -97,6 +102,7 @@ class WrongScanGradient(backends.TorchDeltaRule):
     """Its decay gets a tenth too much."""
 
     def delta_rule(self, query, key, value, log_decay, beta, **options):
+        """See the class."""
         return super().delta_rule(query, key, value, WrongGradient.apply(log_decay), beta, **options)
 
 
