@@ -57,6 +57,19 @@ class ConformanceReport:
     dtype: str
     rows: tuple[ConformanceRow, ...]
 
+    @property
+    def summary(self) -> str:
+        """It in a line."""
+        found = [f"{self.backend} on {self.device} in {self.dtype}"]
+        for words, kind in (
+            ("other documents changed by", "other documents"),
+            ("outputs off by", "output"),
+            ("gradients off by", "gradient"),
+        ):
+            measured = any(row.check.startswith(kind) for row in self.rows)
+            found.append(f"{words} {self.worst(kind):.0e}" if measured else f"{words}: not compared")
+        return "; ".join(found)
+
     def worst(self, kind: str) -> float:
         """The largest error of the checks whose names begin with ``kind``; 0 where there were none."""
         return max((row.error for row in self.rows if row.check.startswith(kind)), default=0.0)
@@ -83,12 +96,7 @@ class Verification:
     reports: dict[str, ConformanceReport]
 
     def __repr__(self) -> str:
-        return "\n".join(
-            f"attention.{slot}: {report.backend} on {report.device} in {report.dtype}: "
-            f"other documents changed by {report.worst('other documents'):.0e}, "
-            f"outputs off by {report.worst('output'):.0e}, gradients by {report.worst('gradient'):.0e}"
-            for slot, report in self.reports.items()
-        )
+        return "\n".join(f"attention.{slot}: {report.summary}" for slot, report in self.reports.items())
 
 
 @attrs.frozen

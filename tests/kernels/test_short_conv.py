@@ -45,8 +45,8 @@ def test_it_equals_the_reference_document_by_document(lengths, activation, with_
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
 
 
-def conv1d_one_by_one(x, weight, bias, *, layout, initial_state, return_state):
-    """torch's own convolution in a loop over the documents."""
+def conv1d_one_by_one(x, weight, bias, *, layout, initial_state, **_):
+    """Each document goes through the convolution of torch, one after the other."""
     inputs = [torch.cat([state, rows]) for state, rows in zip(initial_state, x.split(layout.lengths), strict=True)]
     outputs = [torch.conv1d(rows.T[None], weight[:, None], bias, groups=len(weight))[0].T for rows in inputs]
     last = torch.stack([rows[len(rows) - weight.shape[1] + 1 :] for rows in inputs])
