@@ -138,13 +138,24 @@ def conv_sides(lengths: list[int]) -> tuple[Side, Side]:
     return ours, Side(theirs, [x, weight], output_grad)
 
 
-def throughput(tokens: int, runs: int) -> None:
-    ours, _ = rule_sides([tokens])
-    ours.seconds()
-    rates = [tokens / ours.seconds() for _ in range(runs)]
+def linearity(short: int, long: int, runs: int) -> None:
+    """The tokens per second of a long document over those of a short one, which is its beginning."""
+    inputs, output_grad = rule_inputs(long), torch.randn(long, VALUE_HEADS, DIM)
+    begin = [tensor[:short].detach().requires_grad_() for tensor in inputs]
+    sides = [
+        Side(lambda own=own, size=size: gated_delta_rule(*own, layout=SequenceLayout([size])), own, grad)
+        for size, own, grad in ((short, begin, output_grad[:short]), (long, inputs, output_grad))
+    ]
+    first, whole = (side.results()[0] for side in sides)
+    if not torch.allclose(first, whole[:short], rtol=MOST_ERROR, atol=MOST_ERROR):
+        msg = f"the first {short} tokens of {long} have another output alone; not timed"
+        raise SystemExit(msg)
+    pairs = [[size / side.seconds() for size, side in zip((short, long), sides, strict=True)] for _ in range(runs)]
+    ratios = [slow / fast for fast, slow in pairs]
+    own, other = (statistics.median(rates) for rates in zip(*pairs, strict=True))
     print(
-        f"one document of {tokens} tokens, forward and backward: {statistics.median(rates):,.0f} tokens/s "
-        f"({min(rates):,.0f} to {max(rates):,.0f})"
+        f"rule, one document of {short} and one of {long} tokens: {own:,.0f} and {other:,.0f} tokens/s: "
+        f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
     )
 
 
@@ -169,8 +180,7 @@ def main() -> None:
         print(
             f"{title}, saved for backward at 2048 tokens: {own:.1f} MiB against {other:.1f} MiB, {own / other:.2f}"
         )
-    throughput(4096, runs)
-    throughput(32768, max(3, runs // 3))
+    linearity(4096, 32768, runs)
 
 
 if __name__ == "__main__":

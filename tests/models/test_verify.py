@@ -75,10 +75,12 @@ class WrongGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(_ctx, x):
+        """See the class."""
         return x.clone()
 
     @staticmethod
     def backward(_ctx, grad):
+        """See the class."""
         return 1.1 * grad
 
 
@@ -171,7 +173,7 @@ def test_a_leak_names_its_half_and_the_backend(tiny, backend, half):
 @pytest.mark.parametrize(("backend", "half"), WRONGS, ids=repr)
 def test_wrong_gradients_are_told_from_a_leak(tiny, backend, half):
     """Gradients that are wrong without a leak are another error, which names the half and how far off it is."""
-    with pytest.raises(ConformanceError, match="gradient of .*: relative error .*, allowed 1e-04") as found:
+    with pytest.raises(ConformanceError, match=r"gradient of .*: relative error .*, allowed 1e-04") as found:
         verify(tiny, **chosen(backend), **TINY)
     assert not isinstance(found.value, LeakError)
     assert found.value.half == half
