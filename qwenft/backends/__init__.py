@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qwenft.backends.eager import EagerAttention
+from qwenft.backends.fla import FlaDeltaRule
+from qwenft.backends.flash import FlashAttention
+from qwenft.backends.flex import FlexAttention
+from qwenft.backends.hub import HubAttention
 from qwenft.backends.reference import ReferenceDeltaRule
 from qwenft.backends.sdpa import SdpaAttention
 from qwenft.backends.torch import TorchDeltaRule
@@ -20,9 +25,14 @@ if TYPE_CHECKING:
 _FULL: dict[str, Callable[[], AttentionBackend]] = {
     "eager": EagerAttention,
     "sdpa": SdpaAttention,
+    "flex_attention": FlexAttention,
+    "flash_attention_2": partial(FlashAttention, 2),
+    "flash_attention_3": partial(FlashAttention, 3),
+    "flash_attention_4": partial(FlashAttention, 4),
 }
 _LINEAR: dict[str, Callable[[], LinearAttentionBackend]] = {
     "torch": TorchDeltaRule,
+    "fla": FlaDeltaRule,
     "reference": ReferenceDeltaRule,
     "transformers": StockDeltaRule,
 }
@@ -85,6 +95,8 @@ def find(slot: str, name: str) -> Any:
         SpecError: see there; the message names the slot.
     """
     known = _LINEAR if slot == "linear" else _FULL
+    if "/" in name and slot != "linear":
+        return HubAttention.parse(name)
     if name in known:
         return known[name]()
     meant = _ALIASES.get(name)
@@ -98,14 +110,23 @@ def find(slot: str, name: str) -> Any:
 
 
 def automatic(slot: str) -> tuple[Any, ...]:
-    """What "auto" chooses from in a slot, best first; the last can always."""
-    return (TorchDeltaRule(), ReferenceDeltaRule()) if slot == "linear" else (SdpaAttention(), EagerAttention())
+    """What "auto" chooses from in a slot, best first; the last can always.
+
+    flash_attention_4, which is in beta, and flex_attention, which compiles its kernel first, are used by name.
+    """
+    if slot == "linear":
+        return FlaDeltaRule(), TorchDeltaRule(), ReferenceDeltaRule()
+    return FlashAttention(3), FlashAttention(2), SdpaAttention(), EagerAttention()
 
 
 __all__ = [
     "FULL_NAMES",
     "LINEAR_NAMES",
     "EagerAttention",
+    "FlaDeltaRule",
+    "FlashAttention",
+    "FlexAttention",
+    "HubAttention",
     "ReferenceDeltaRule",
     "SdpaAttention",
     "StockDeltaRule",

@@ -54,11 +54,10 @@ def choose(
 def _hindrance(
     backend: Backend, problem: Any, machine: Machine, *, packed: bool, compute_dtype: str
 ) -> str | None:
+    if not (availability := backend.availability(machine)).usable:
+        return availability.reason
     if packed and not backend.supports_packing:
         return "cannot pack"
     if backend.needs_half_precision and compute_dtype == "float32":
         return "computes in 16 bits only"
-    if (refusal := backend.refuses(problem)) is not None:
-        return refusal
-    availability = backend.availability(machine)
-    return None if availability.usable else availability.reason
+    return backend.refuses(problem)

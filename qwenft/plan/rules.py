@@ -232,11 +232,12 @@ def backend_can(draft: Draft) -> Iterator[Finding]:
             yield error(
                 place, f"{backend.name} computes in 16 bits only, the model in float32", 'dtype="bfloat16"'
             )
-        if (refusal := backend.refuses(slot.problem)) is not None:
-            yield error(place, f"{backend.name} cannot: {refusal}", f'.with_attention({slot.name}="auto")')
         availability = backend.availability(draft.machine)
         if not availability.usable:
             yield blocked(place, f"{backend.name} is not available: {availability.reason}", availability.remedy)
+        # Where it is not available, it would refuse the very device; another machine has other problems.
+        elif (refusal := backend.refuses(slot.problem)) is not None:
+            yield error(place, f"{backend.name} cannot: {refusal}", f'.with_attention({slot.name}="auto")')
 
 
 def backend_chosen(draft: Draft) -> Iterator[Finding]:

@@ -27,18 +27,20 @@ def prepare():
     """Make FLA run in the interpreter: with one configuration a kernel, and where the interpreter is at fault."""
     assert knobs.runtime.interpret, "TRITON_INTERPRET=1 must be in the environment"
     torch.set_num_threads(1)
-    warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", message=r".*[Ss]wig", category=DeprecationWarning)
-    # FLA asks Triton for its GPU at import. What it then takes for granted, "cuda", goes well with CPU tensors.
-    warnings.filterwarnings("ignore", message="Triton is not supported on current platform", category=UserWarning)
-    # Entries above the diagonal overflow and are masked away, in numpy with a warning.
-    warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
     Autotuner.__init__ = keep_first_configuration(Autotuner.__init__)
     interpreter.InterpreterBuilder.create_splat = splat
-    from fla.ops.common import chunk_delta_h
-
+    with warnings.catch_warnings():
+        # FLA asks Triton for its GPU, warns that there is none and takes "cuda" for granted: that goes well with
+        # CPU tensors. It also imports parts of torch that are deprecated.
+        warnings.simplefilter("ignore")
+        import fla.modules.causal_conv1d
+        import fla.ops.gated_delta_rule  # noqa: F401
+        from fla.ops.common import chunk_delta_h
     # Its loops call methods of the index, which is a number of Python's in the interpreter.
     chunk_delta_h.range = tensor_range
+    warnings.simplefilter("error")
+    # Entries above the diagonal overflow and are masked away, in numpy with a warning.
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
 
 
 def keep_first_configuration(initialise):
@@ -74,11 +76,10 @@ def scan_inputs(suite, layout, *, heads, dims, decay, norm, states, **_others):
     return inputs | ({"initial_state": suite.random(len(layout), V, D, E)} if states else {})
 
 
-def scan_of(backend, layout, **_case):
-    def scan(query, key, value, log_decay, beta, initial_state=None):
-        inputs = (query, key, value, log_decay, beta)
-        wanted = initial_state is not None
-        return backend.delta_rule(*inputs, layout=layout, initial_state=initial_state, return_state=wanted)
+def scan_of(backend, layout, *, states, **_others):
+    def scan(*inputs):
+        state = inputs[5] if states else None
+        return backend.delta_rule(*inputs[:5], layout=layout, initial_state=state, return_state=states)
 
     return scan
 

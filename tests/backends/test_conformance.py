@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from qwenft.backends import EagerAttention, ReferenceDeltaRule, SdpaAttention, TorchDeltaRule
+from qwenft.backends import EagerAttention, FlexAttention, ReferenceDeltaRule, SdpaAttention, TorchDeltaRule
 from qwenft.errors import ConformanceError, LeakError, QwenftError, SpecError
 from qwenft.kernels.layout import SequenceLayout
 from qwenft.testing.conformance import check_attention, check_linear_attention
 
-RUNS_HERE_FULL = [EagerAttention(), SdpaAttention()]
+RUNS_HERE_FULL = [EagerAttention(), SdpaAttention(), FlexAttention()]
 RUNS_HERE_LINEAR = [TorchDeltaRule(), pytest.param(ReferenceDeltaRule(), marks=pytest.mark.long)]
 
 

@@ -15,7 +15,7 @@ def test_full_gives_the_backend_of_that_name(name):
     assert isinstance(backend, AttentionBackend)
     assert backend.name == name
     assert isinstance(backend.supports_packing, bool)
-    assert isinstance(backend.uses_flash_lib, bool)
+    assert backend.uses_flash_lib is name.startswith("flash_attention_")
 
 
 @pytest.mark.parametrize("name", backends.LINEAR_NAMES)
@@ -52,6 +52,10 @@ def test_an_unknown_name_gets_the_known_ones_and_the_nearest(slot, name, meant):
     ("slot", "name", "meant"),
     [
         ("full", "sdp", "sdpa"),
+        ("full", "flash", "flash_attention_2"),
+        ("full", "fa2", "flash_attention_2"),
+        ("full", "fa3", "flash_attention_3"),
+        ("full", "flex", "flex_attention"),
         ("full", "xformers", "sdpa"),
         ("vision", "sdp", "sdpa"),
         ("linear", "stock", "transformers"),

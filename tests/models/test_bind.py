@@ -28,7 +28,9 @@ def stock(dense_checkpoint, moe_checkpoint):
     }
 
 
-@pytest.mark.parametrize(("full", "linear"), [("sdpa", "torch"), ("eager", "reference")])
+@pytest.mark.parametrize(
+    ("full", "linear"), [("sdpa", "torch"), ("eager", "reference"), ("flex_attention", "torch")]
+)
 def test_packed_logits_equal_stock_document_by_document(checkpoint, stock, full, linear):
     """Every document of a packed row has the logits that stock transformers gives it alone."""
     model = bound(checkpoint, full=full, linear=linear)
@@ -220,7 +222,11 @@ class _OneImage(backends.EagerAttention):
         return super().attend(query, key, value, layout=layout, scale=scale, causal=causal)
 
 
-@pytest.mark.parametrize("backend", [backends.full("eager"), backends.full("sdpa"), _OneImage()], ids=repr)
+@pytest.mark.parametrize(
+    "backend",
+    [backends.full("eager"), backends.full("sdpa"), backends.full("flex_attention"), _OneImage()],
+    ids=repr,
+)
 def test_a_bound_tower_equals_the_stock_one(tower, backend):
     """Images and frames of every size have the features, and the tower the gradients, that stock gives them."""
     ours = bind(copy.deepcopy(tower), full=backend, linear=backends.linear("torch"), vision=backend)

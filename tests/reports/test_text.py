@@ -63,7 +63,8 @@ def test_a_plan_says_what_it_is_for():
     assert lines["machine"] == "8xH100-80GB"
     held = sum(row.held for row in plan.coverage)
     assert lines["trained"] == f"LoRA rank 8: {plan.trained_parameters:,} parameters beside {held:,}"
-    assert lines["attention"] == "full = sdpa, linear = torch"
+    chosen = plan.draft.backends
+    assert lines["attention"] == f"full = {chosen['full'].name}, linear = {chosen['linear'].name}"
     assert lines["data"] == "not yet computed (plan.data tokenises them)"
     assert lines["state"].startswith(f"{bytes_text(plan.state.total)}: frozen weights ")
     for row in plan.coverage:

@@ -1,0 +1,156 @@
+"""Gated DeltaNet by flash-linear-attention (FLA): Triton kernels for NVIDIA GPUs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from typing import TYPE_CHECKING
+
+import attrs
+
+from qwenft.capabilities import Availability, LinearAttentionBackend
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qwenft.capabilities import LinearAttentionProblem
+    from qwenft.kernels.layout import SequenceLayout
+    from qwenft.machine import Machine
+
+
+@attrs.frozen
+class _Needed:
+    """A distribution that must be installed.
+
+    Args:
+        distribution: its name.
+        oldest: the first version that will do.
+        why: what is wrong with older ones.
+    """
+
+    distribution: str
+    oldest: tuple[int, ...]
+    why: str
+
+
+NEEDED = (
+    _Needed("flash-linear-attention", (0, 6), "older ones have other functions"),
+    _Needed("triton", (3, 5), "FLA 0.6 does not import with older ones"),
+)
+#: FLA raises too, but only in the first backward pass (fla-org/flash-linear-attention#640 and #983).
+NEEDED_ON_HOPPER = (
+    *NEEDED,
+    _Needed("triton", (3, 7, 1), "older ones miscompile its backward pass for Hopper, and gradients are wrong"),
+)
+#: What the state's kernels assert (fla.ops.common.chunk_delta_h).
+LARGEST_KEY_DIM = 256
+
+
+class FlaDeltaRule(LinearAttentionBackend):
+    """The chunked rule and the convolution of FLA, which is told where documents begin in both."""
+
+    name = "fla"
+    supports_packing = True
+    uses_flash_lib = False
+
+    def availability(self, machine: Machine) -> Availability:
+        """On GPUs from Ampere on, with versions of FLA and Triton that are not known to be wrong there."""
+        if machine.device != "cuda":
+            return Availability(usable=False, reason="it needs an NVIDIA GPU")
+        capability = machine.compute_capability or (0, 0)
+        if capability < (8, 0):
+            reason = f"it needs compute capability 8.0 or more, the GPU has {_text(capability)}"
+            return Availability(usable=False, reason=reason)
+        return _installation(NEEDED_ON_HOPPER if capability[0] == 9 else NEEDED)
+
+    def refuses(self, problem: LinearAttentionProblem) -> str | None:
+        """Other devices than a GPU, other dtypes than bfloat16, and head dims that FLA asserts against."""
+        if problem.device != "cuda":
+            return f"it computes on NVIDIA GPUs only, not on {problem.device!r}"
+        if problem.dtype == "float16":
+            return "its gradients become NaN in float16"
+        if problem.dtype == "float32":
+            return "its products of float32 are TF32, right to three digits"
+        if problem.key_dim > LARGEST_KEY_DIM:
+            return f"its key heads have {LARGEST_KEY_DIM} dims at most, these have {problem.key_dim}"
+        if problem.key_dim % 2 or problem.value_dim % 2:
+            # fla.ops.common.chunk_o.chunk_bwd_dv
+            return f"odd head dims are miscompiled in 16 bits: {problem.key_dim} and {problem.value_dim}"
+        return None
+
+    def short_conv(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        layout: SequenceLayout,
+        activation: str | None = "silu",
+        initial_state: Tensor | None = None,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Convolve by :func:`qwenft.kernels.fla.fla_short_conv`, whose arguments these are."""
+        from qwenft.kernels.fla import fla_short_conv
+
+        return fla_short_conv(
+            x,
+            weight,
+            bias,
+            layout=layout,
+            activation=activation,
+            initial_state=initial_state,
+            return_state=return_state,
+        )
+
+    def delta_rule(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+        *,
+        layout: SequenceLayout,
+        initial_state: Tensor | None = None,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Run :func:`qwenft.kernels.fla.fla_delta_rule`, whose arguments these are."""
+        from qwenft.kernels.fla import fla_delta_rule
+
+        return fla_delta_rule(
+            query,
+            key,
+            value,
+            log_decay,
+            beta,
+            layout=layout,
+            initial_state=initial_state,
+            return_state=return_state,
+        )
+
+
+def _installation(needed: tuple[_Needed, ...]) -> Availability:
+    """Whether all that is needed is installed, and new enough."""
+    for need in needed:
+        found = _version(need.distribution)
+        if found is None:
+            reason = f"{need.distribution} is not installed"
+            return Availability(usable=False, reason=reason, remedy='pip install "qwenft[cuda]"')
+        if found < need.oldest:
+            oldest = _text(need.oldest)
+            reason = f"it needs {need.distribution} {oldest} or newer, found {_text(found)}: {need.why}"
+            return Availability(usable=False, reason=reason, remedy=f'pip install "{need.distribution}>={oldest}"')
+    return Availability(usable=True)
+
+
+def _version(distribution: str) -> tuple[int, ...] | None:
+    """The version of an installed distribution, read without importing it, or None."""
+    try:
+        version = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
+def _text(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))

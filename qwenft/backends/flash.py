@@ -1,0 +1,242 @@
+"""Softmax attention by the flash-attention packages of Dao-AILab, versions 2, 3 and 4: for NVIDIA GPUs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import TYPE_CHECKING
+
+import attrs
+from packaging.version import Version
+
+from qwenft.capabilities import AttentionBackend, Availability
+from qwenft.errors import BackendUnavailable, SpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from qwenft.capabilities import AttentionProblem
+    from qwenft.kernels.layout import SequenceLayout
+    from qwenft.machine import Machine
+
+
+@attrs.frozen
+class Support:
+    """The head dims that kernels take on GPUs of one major compute capability, forward and backward.
+
+    Args:
+        head_dim: the largest.
+        step: what smaller ones are a multiple of.
+        also: larger ones that are taken.
+        since: the release from which on this holds, or None where any will do.
+    """
+
+    head_dim: int
+    step: int = 8
+    also: tuple[int, ...] = ()
+    since: str | None = None
+
+    def takes(self, head_dim: int) -> bool:
+        """Whether there are kernels for this head dim."""
+        return head_dim in self.also or (head_dim <= self.head_dim and head_dim % self.step == 0)
+
+    def __str__(self) -> str:
+        return ", ".join([f"multiples of {self.step} up to {self.head_dim}", *map(str, self.also)])
+
+
+@attrs.frozen
+class Release:
+    """One of the packages.
+
+    Args:
+        distribution: its name on PyPI, or in its setup.py.
+        source: what pip is to install.
+        options: what pip is to be told besides, followed by a space.
+        gpus: what it supports, by major compute capability.
+    """
+
+    distribution: str
+    source: str
+    options: str
+    gpus: Mapping[int, Support]
+
+    @property
+    def install(self) -> str:
+        """The line that installs it."""
+        return f"pip install {self.options}{self.source}"
+
+    def upgrade(self, since: str) -> str:
+        """The line that installs this release or a newer one."""
+        return f'pip install {self.options}"{self.distribution}>={since}"'
+
+
+RELEASES: dict[int, Release] = {
+    # csrc/flash_attn/flash_api.cpp and setup.py: head dim 256 backward on compute capability 8.6 and 8.9 since
+    # 2.5.5, without dropout; code for 10.0 and 12.0 since 2.7.3.
+    2: Release(
+        distribution="flash-attn",
+        source="flash-attn",
+        options="--no-build-isolation ",  # its setup.py imports torch
+        gpus={
+            8: Support(256, since="2.5.5"),
+            9: Support(256, since="2.5.5"),
+            10: Support(256, since="2.7.3"),
+            12: Support(256, since="2.7.3"),
+        },
+    ),
+    # README.md names Hopper alone. hopper/setup.py builds code for 8.0 too, of which vLLM excludes 8.6 and 8.9.
+    3: Release(
+        distribution="flash_attn_3",
+        source='"git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper"',
+        options="--no-build-isolation ",
+        gpus={9: Support(256)},
+    ),
+    # flash_attn/cute/interface.py: no backward on 8.x (_flash_attn_bwd). 9.0: head dim 256 with grouped heads
+    # since pull request 2888; wrong gradients of queries off multiples of 32 (2896, open at 4.0.0b36). 10.x and
+    # 11.x: a kernel for 256 alone, which read strided inputs wrongly until 2670. 12.x: tiles of 64 x 256 overflow
+    # its 99 KB of shared memory (flash_bwd_sm120.py); arguments were compiled in wrongly until 2671.
+    4: Release(
+        distribution="flash-attn-4",
+        source="flash-attn-4",
+        options="",
+        gpus={
+            9: Support(256, step=32, since="4.0.0b31"),
+            10: Support(128, step=32, also=(256,), since="4.0.0b20"),
+            11: Support(128, step=32, also=(256,), since="4.0.0b20"),
+            12: Support(128, step=32, since="4.0.0b21"),
+        },
+    ),
+}
+
+
+class FlashAttention(AttentionBackend):
+    """flash-attention: one call for the whole stream, which is told where documents begin.
+
+    Args:
+        version: 2 (flash-attn, for GPUs from Ampere on), 3 (flash_attn_3, Hopper) or 4 (flash-attn-4, Hopper and
+            Blackwell).
+
+    Raises:
+        SpecError: another version.
+
+    Examples:
+        >>> FlashAttention(3).name
+        'flash_attention_3'
+    """
+
+    supports_packing = True
+    uses_flash_lib = True
+    needs_half_precision = True
+
+    def __init__(self, version: int = 2) -> None:
+        if type(version) is not int or version not in RELEASES:
+            raise SpecError(
+                f"FlashAttention: there are versions {', '.join(map(str, RELEASES))}, got {version!r}",
+                fix="FlashAttention(2)",
+                got=version,
+                expected=tuple(RELEASES),
+            )
+        self.version = version
+
+    @property
+    def name(self) -> str:
+        """The name that plans and messages use."""
+        return f"flash_attention_{self.version}"
+
+    def availability(self, machine: Machine) -> Availability:
+        """On the GPUs that the package is for, in a release that is right there for this family's head dim."""
+        release = RELEASES[self.version]
+        if (reason := unsupported_gpu(machine, release.gpus)) is not None:
+            return Availability(usable=False, reason=reason)
+        found = installed(release.distribution)
+        if found is None:
+            return Availability(
+                usable=False, reason=f"{release.distribution} is not installed", remedy=release.install
+            )
+        capability = machine.compute_capability
+        since = None if capability is None else release.gpus[capability[0]].since
+        if since is not None and found < Version(since):
+            reason = f"it needs {release.distribution} {since} or newer on this GPU, found {found}"
+            return Availability(usable=False, reason=reason, remedy=release.upgrade(since))
+        return Availability(usable=True)
+
+    def refuses(self, problem: AttentionProblem) -> str | None:
+        """Other devices than a GPU, and head dims that have no kernel on the GPU."""
+        return unsupported_problem(problem, RELEASES[self.version].gpus)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        layout: SequenceLayout,
+        scale: float,
+        causal: bool = True,
+    ) -> Tensor:
+        """Attend by :func:`qwenft.kernels.flash.varlen_attention`, whose arguments these are.
+
+        Raises:
+            BackendUnavailable: the package is not installed, or does not load.
+        """
+        from qwenft.kernels.flash import packaged_function, varlen_attention
+
+        try:
+            function = packaged_function(self.version)
+        except ImportError as error:
+            raise BackendUnavailable(
+                f"{self.name} cannot be loaded: {error}", fix=RELEASES[self.version].install
+            ) from error
+        return varlen_attention(function, query, key, value, layout=layout, scale=scale, causal=causal)
+
+
+def installed(distribution: str) -> Version | None:
+    """The version of an installed distribution, or None.
+
+    Asked of its metadata: 2 and 4 share the folder `flash_attn`, and a folder of the user's may bear any name.
+    """
+    try:
+        return Version(importlib.metadata.version(distribution))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def unsupported_gpu(machine: Machine, gpus: Mapping[int, Support]) -> str | None:
+    """Why kernels for these GPUs do not run on ``machine``, or None where they do.
+
+    Args:
+        machine: where.
+        gpus: what is supported, by major compute capability.
+    """
+    if machine.device != "cuda":
+        return "it needs an NVIDIA GPU"
+    capability = machine.compute_capability
+    if capability is None or capability[0] in gpus:
+        return None
+    known = ", ".join(f"{major}.x" for major in gpus)
+    return f"it is for compute capability {known}, the GPU has {_text(capability)}"
+
+
+def unsupported_problem(problem: AttentionProblem, gpus: Mapping[int, Support]) -> str | None:
+    """Why kernels for these GPUs cannot compute ``problem``, or None where they can.
+
+    Args:
+        problem: what a layer asks; where its compute capability is not known, or not supported at all, it is
+            measured by what some GPU can.
+        gpus: what is supported, by major compute capability.
+    """
+    if problem.device != "cuda":
+        return f"it computes on NVIDIA GPUs only, not on {problem.device!r}"
+    capability = problem.compute_capability
+    if capability is not None and capability[0] in gpus:
+        support, place = gpus[capability[0]], f" on compute capability {_text(capability)}"
+    else:
+        support, place = max(gpus.values(), key=lambda each: each.head_dim), ""
+    if support.takes(problem.head_dim):
+        return None
+    return f"head dim {problem.head_dim}: it takes {support}{place}"
+
+
+def _text(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
