@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class FlexAttention(AttentionBackend):
     """torch.nn.attention.flex_attention: one compiled kernel on a GPU, a masked softmax on a CPU.
 
-    A subclass that overrides :meth:`visible` is an attention of its own, forward and backward. It computes
-    something else than the model was trained with, so it says ``exact = False``.
+    A subclass that overrides :meth:`visible` is an attention of its own, forward and backward, packed or not. It
+    means to compute something else than the model was trained with, so it says ``exact = False``.
 
     Examples:
         >>> class SlidingWindow(FlexAttention):
@@ -40,33 +40,40 @@ class FlexAttention(AttentionBackend):
     uses_flash_lib = False
 
     def availability(self, machine: Machine) -> Availability:
-        """On a GPU torch compiles the kernel with Triton, which needs compute capability 8.0 for bfloat16."""
+        """On a CPU; on GPUs from Ampere on where Triton is installed, through which torch compiles the kernel."""
         if machine.device == "cpu":
             return Availability(usable=True)
-        if importlib.util.find_spec("triton") is None:
+        capability = machine.compute_capability or (0, 0)
+        if capability < (8, 0):
+            # Torch compiles no bfloat16 for older GPUs, and its blocks for 256 head dims do not fit into them.
+            have = ".".join(map(str, capability))
             return Availability(
-                usable=False, reason="torch compiles it with Triton, which is missing", remedy="pip install triton"
+                usable=False, reason=f"it needs compute capability 8.0 or more, the GPU has {have}"
             )
+        if importlib.util.find_spec("triton") is None:
+            reason = "torch compiles it with Triton, which is not installed"
+            return Availability(usable=False, reason=reason, remedy="pip install triton")
         return Availability(usable=True)
 
     def refuses(self, problem: AttentionProblem) -> str | None:
-        """Head dims below 16, which torch's kernel for GPUs does not take."""
-        if problem.device != "cpu" and problem.head_dim < 16:
-            return f"torch's kernel takes head dims from 16, got {problem.head_dim}"
+        """Head dims on a GPU that torch's kernel does not take, or for which its blocks grow too large."""
+        if problem.device == "cuda" and not 16 <= problem.head_dim <= 256:
+            return f"on a GPU its heads have 16 to 256 dims, these have {problem.head_dim}"
         return None
 
     def visible(self, query_position: Tensor, key_position: Tensor) -> Tensor:
-        """Whether a query sees a key of its own document: here, every key that is no later.
+        """Whether a query sees a key of its own document: here, each that is no later.
 
-        Override it with torch operations on whole tensors and no ``if`` on their values: it is compiled into the
-        kernel. It is never asked about two documents, nor where ``causal`` is False, as in the vision tower.
+        Override it with elementwise torch operations and no ``if`` on their values, for a GPU's kernel is compiled
+        from them. Other documents stay hidden whatever it returns. It is not asked where ``causal`` is False, as
+        in the vision tower, whose patches all see each other.
 
         Args:
-            query_position: int32, the query's place in its document, from 0.
-            key_position: int32 likewise, of a shape that broadcasts with it.
+            query_position: the query's place in its document, from 0; int32, of any shape.
+            key_position: the key's, of a shape that broadcasts.
 
         Returns:
-            Bools of the broadcast shape. A query that sees nothing gets zeros.
+            A bool for each pair. A query that sees nothing gets zeros.
         """
         return key_position <= query_position
 

@@ -1,8 +1,8 @@
-"""Softmax attention through torch's FlexAttention (arXiv:2412.05496), under any rule of who sees whom in a document.
+"""Softmax attention through torch's FlexAttention (arXiv:2412.05496), under any rule of who sees whom.
 
-On a GPU the stream goes through one compiled kernel, which leaves out the blocks of 128 x 128 pairs in which nobody
-sees anybody. On a CPU torch computes FlexAttention by a masked softmax over all pairs and refuses its backward
-pass: there the stream goes by a few documents at a time, and the backward pass is written out here.
+On a GPU the stream goes through one compiled kernel, which leaves out the blocks of 128 x 128 pairs in which
+nobody sees anybody. On a CPU torch computes FlexAttention by a masked softmax over all pairs and refuses its
+backward pass: there the stream goes by a few documents at a time, and the backward pass is written out here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    # From the positions of queries and of keys in their document, integers that broadcast, to a bool for each pair.
+    # From the positions of queries and keys in their documents, which broadcast, to a bool for each pair.
     Rule = Callable[[Tensor, Tensor], Tensor]
 
 # Tokens on a side of a block of the mask; the blocks of torch's kernels divide it.
@@ -80,7 +80,7 @@ def flex_attention(
     if query.device.type != "cpu":
         return _fused(query, key, value, block_mask(layout, asked_rule), scale)
     outputs = [
-        _OnCpu.apply(query[run.asked], key[run.seen], value[run.seen], run.mask, scale)
+        _OnCpu.apply(run.mask, scale, query[run.asked], key[run.seen], value[run.seen])
         for run in _runs(layout, asked_rule)
     ]
     return torch.cat(outputs)
@@ -103,7 +103,7 @@ def block_mask(layout: SequenceLayout, rule: Rule | None) -> BlockMask:
 def _block_mask(layout: SequenceLayout, rule: Rule | None) -> BlockMask:
     sees = _pair_rule(layout, rule)
     asked, total = sum(layout.query_lengths), layout.total
-    pairs_P2 = _blocks_of_a_document(layout).nonzero()
+    pairs_P2 = _blocks_that_share(layout).nonzero().to(layout.device)
     some, every = [], []
     for blocks_P2 in pairs_P2.split(BLOCKS_AT_A_TIME):
         inside = torch.arange(BLOCK, device=layout.device)
@@ -137,18 +137,18 @@ def _pair_rule(layout: SequenceLayout, rule: Rule | None) -> Callable[[Any, Any,
     return sees
 
 
-def _blocks_of_a_document(layout: SequenceLayout) -> Tensor:
-    """[S / 128, T / 128] bool, rounded up: which blocks of queries and of keys have a document in common."""
-    query_ends, key_ends = (torch.tensor([*accumulate(x)]) for x in (layout.query_lengths, layout.lengths))
-    (first_query, last_query), (first_key, last_key) = map(_documents_of_blocks, (query_ends, key_ends))
-    shared = (first_query[:, None] <= last_key) & (first_key <= last_query[:, None])
-    return shared.to(layout.device)
+def _blocks_that_share(layout: SequenceLayout) -> Tensor:
+    """[S / 128, T / 128] bool, rounded up, on the host: which blocks of queries and of keys share a document."""
+    first_query, last_query = _documents_of_blocks(layout.query_lengths)
+    first_key, last_key = _documents_of_blocks(layout.lengths)
+    return (first_query[:, None] <= last_key) & (first_key <= last_query[:, None])
 
 
-def _documents_of_blocks(ends: Tensor) -> tuple[Tensor, Tensor]:
-    """The first and the last document of each block, from where the documents end."""
-    first_tokens = torch.arange(0, int(ends[-1]), BLOCK)
-    last_tokens = (first_tokens + BLOCK - 1).clamp(max=ends[-1] - 1)
+def _documents_of_blocks(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The first and the last document in each block of a stream of documents of these lengths."""
+    ends = torch.tensor(lengths).cumsum(0)
+    first_tokens = torch.arange(0, sum(lengths), BLOCK)
+    last_tokens = (first_tokens + BLOCK - 1).clamp(max=sum(lengths) - 1)
     return torch.searchsorted(ends, first_tokens, right=True), torch.searchsorted(ends, last_tokens, right=True)
 
 
@@ -228,24 +228,19 @@ class _OnCpu(torch.autograd.Function):
     """A run of documents on a CPU: forward by torch, backward by all pairs; in float32 whatever the dtype."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
-        ctx.save_for_backward(query, key, value)
+    def forward(ctx: Any, mask: BlockMask, scale: float, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
         ctx.mask, ctx.scale = mask, scale
-        dtype = compute_dtype(query)
-        with exact(query), warnings.catch_warnings():
+        dtype = compute_dtype(inputs[0])
+        with exact(inputs[0]), warnings.catch_warnings():
             # Uncompiled is meant: torch's C++ for CPUs does not compile for all lengths at once, and takes 10 s
             # for each of them.
             warnings.filterwarnings("ignore", "flex_attention called without torch.compile", UserWarning)
-            heads_first = [_heads_first(x.detach().to(dtype)) for x in (query, key, value)]
+            query, key, value = (_heads_first(x.detach().to(dtype)) for x in inputs)
             output_1HSD: Any = torch_flex_attention(
-                heads_first[0],
-                heads_first[1],
-                heads_first[2],
-                block_mask=mask,
-                scale=scale,
-                enable_gqa=True,
+                query, key, value, block_mask=mask, scale=scale, enable_gqa=True
             )
-        return output_1HSD[0].transpose(0, 1).to(query.dtype)
+        return output_1HSD[0].transpose(0, 1).to(inputs[0].dtype)
 
     @staticmethod
     @once_differentiable
@@ -253,23 +248,24 @@ class _OnCpu(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         (asked, heads, _), (seen, groups, _), dtype = query.shape, key.shape, compute_dtype(query)
         hidden_ST = ~create_mask(ctx.mask.mask_mod, 1, 1, asked, seen, device="cpu")[0, 0]
-        # The rows of a group's query heads stand below each other: R = H / G * S.
+        # The query heads of a group stand below each other: R = H / G * S rows for each of its keys.
         hidden_RT = hidden_ST.repeat(heads // groups, 1)
-        query_GRD, grad_output_GRD = (_grouped(x.to(dtype), groups) for x in (query, grad_output))
+        query_GRD = _grouped(query.to(dtype), groups) * ctx.scale
+        grad_output_GRD = _grouped(grad_output.to(dtype), groups)
         key_GTD, value_GTD = (x.to(dtype).transpose(0, 1) for x in (key, value))
         with exact(query):
-            scores_GRT = (query_GRD @ key_GTD.mT * ctx.scale).masked_fill(hidden_RT, float("-inf"))
-            # The second fill is for rows that see nothing, whose softmax is NaN.
-            weights_GRT = scores_GRT.softmax(-1).masked_fill(hidden_RT, 0.0)
+            weights_GRT = (query_GRD @ key_GTD.mT).masked_fill_(hidden_RT, float("-inf")).softmax(-1)
+            # A row that sees nothing has NaN for its softmax, and zeros for its output.
+            weights_GRT.masked_fill_(hidden_RT, 0.0)
             grad_weights_GRT = grad_output_GRD @ value_GTD.mT
             mean_GR1 = (weights_GRT * grad_weights_GRT).sum(-1, keepdim=True)
-            grad_scores_GRT = weights_GRT * (grad_weights_GRT - mean_GR1) * ctx.scale
-            grad_query_GRD = grad_scores_GRT @ key_GTD
+            grad_scores_GRT = grad_weights_GRT.sub_(mean_GR1).mul_(weights_GRT)
+            grad_query_GRD = grad_scores_GRT @ key_GTD * ctx.scale
             grad_key_GTD = grad_scores_GRT.mT @ query_GRD
             grad_value_GTD = weights_GRT.mT @ grad_output_GRD
         grad_query = grad_query_GRD.view(heads, asked, -1).transpose(0, 1)
         grads = grad_query, grad_key_GTD.transpose(0, 1), grad_value_GTD.transpose(0, 1)
-        return *(grad.to(query.dtype) for grad in grads), None, None
+        return None, None, *(grad.to(query.dtype) for grad in grads)
 
 
 def _grouped(x_SHD: Tensor, groups: int) -> Tensor:

@@ -432,7 +432,8 @@ def test_the_real_package_loads_a_kernel(tmp_path):
     build = tmp_path / "build" / "torch-cpu"
     build.mkdir(parents=True)
     (build / "__init__.py").write_text("def flash_attn_func(q, k, v, softmax_scale, causal):\n    return q * 2\n")
-    metadata = {"name": "probe", "id": "probe_1", "version": 1, "python-depends": [], "backend": {"type": "cpu"}}
+    metadata = {"name": "probe", "id": "probe_1", "version": 1, "license": "MIT", "python-depends": []}
+    metadata["backend"] = {"type": "cpu"}
     (build / "metadata.json").write_text(json.dumps(metadata))
     code = (
         "import torch\n"
