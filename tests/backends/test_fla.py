@@ -168,7 +168,7 @@ def test_a_wider_sweep_equals_the_reference(base, cases, inputs):
 @needs_fla
 @pytest.mark.long
 def test_the_backend_conforms():
-    """It passes the suite of all linear backends, interpreted, with the cases that ten minutes allow."""
+    """It passes the suite of all linear backends, interpreted, on the layouts that a few minutes allow."""
     unchanged = "other documents unchanged"
     changes = [checks[unchanged] for checks in interpret({}, []).values() if unchanged in checks]
     # Two packed layouts, for the convolution and for the scan with two numbers of heads.
