@@ -121,7 +121,7 @@ class Backend(ABC):
         return Availability(usable=True)
 
     def refuses(self, problem: Any) -> str | None:
-        """Why it cannot compute ``problem`` on any machine, or None where it can."""
+        """Why it cannot compute ``problem``, whatever is installed, or None where it can."""
         return None
 
     def fields(self) -> dict[str, Any]:

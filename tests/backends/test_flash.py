@@ -232,7 +232,7 @@ def test_a_recipe_keeps_the_version(tmp_path):
     """A saved recipe is loaded with the same version, without permission for a module."""
     recipe = Recipe(ModelSpec("Qwen3.5-0.8B")).with_attention(full=FlashAttention(3))
     loaded = Recipe.load(recipe.save(tmp_path / "recipe.json"))
-    assert loaded.attention.full == FlashAttention(3)
+    assert loaded.attention.full.version == 3
     assert loaded == recipe
 
 
