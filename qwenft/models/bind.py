@@ -53,8 +53,11 @@ class _BoundGatedDeltaNet:
         cache_params: Any = None,
         attention_mask: torch.Tensor | None = None,
         layout: Any = None,
+        cache: Any = None,
         **_: Any,
     ) -> torch.Tensor:
+        # Named cache_params up to transformers 5.23, cache from 5.24 on.
+        cache_params = cache if cache is not None else cache_params
         rows, tokens, width = hidden_states.shape
         if layout is not None:
             return self._mix(hidden_states[0], layout)[0][None]
