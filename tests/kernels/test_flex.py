@@ -20,7 +20,9 @@ AWKWARD = (130, 3, 1, 63, 64, 65, 96)
 TINY = (2, 1, 3) * 8
 # Documents that begin in three windows of 512 tokens, the second of which is begun by none.
 LONG = (5, 1100, 1, 128, 300, 2)
-LAST_ASK = ((130, 3, 1, 65, 700), (1, 3, 1, 2, 129))
+# Documents that begin at the last token of a block of 128, and at the first.
+ON_EDGES = (127, 65, 64, 300, 84, 128)
+LAST_ASK = ((130, 3, 1, 700, 65), (1, 3, 1, 129, 2))
 
 
 class SlidingWindow(FlexAttention):
@@ -188,7 +190,7 @@ def test_last_tokens_get_what_they_get_in_training():
 
 @pytest.mark.parametrize("rule", [not_later, None, SlidingWindow(50).visible, SlidingWindow(300).visible])
 @pytest.mark.parametrize(
-    ("lengths", "asked"), [(AWKWARD, None), (TINY, None), (LONG, None), ((128, 128, 256), None), LAST_ASK]
+    ("lengths", "asked"), [(AWKWARD, None), (TINY, None), (LONG, None), (ON_EDGES, None), LAST_ASK]
 )
 def test_the_block_mask_is_that_of_torch(lengths, asked, rule):
     """The blocks are those that torch finds in the dense mask, in part, as a whole, by rows and by columns."""
@@ -200,6 +202,17 @@ def test_the_block_mask_is_that_of_torch(lengths, asked, rule):
     for kind in ("kv", "full_kv", "q", "full_q"):
         for name in (f"{kind}_num_blocks", f"{kind}_indices"):
             assert torch.equal(getattr(mask, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize(("lengths", "asked"), [(AWKWARD, None), (ON_EDGES, None), LAST_ASK])
+def test_only_blocks_that_share_a_document_are_looked_into(lengths, asked):
+    """The pairs whose rule is evaluated are those of blocks in which somebody could see somebody."""
+    layout = make_layout(lengths, asked)
+    sizes = sum(layout.query_lengths), layout.total
+    expected = create_block_mask(block_mask(layout, None).mask_mod, None, None, *sizes, device="cpu")
+    shared = expected.to_dense()[0, 0].bool()
+    assert torch.equal(flex._blocks_that_share(layout), shared)
+    assert not shared.all()
 
 
 class LargestTensor(TorchDispatchMode):
@@ -242,6 +255,20 @@ def test_the_mask_is_built_once_for_all_layers(monkeypatch):
     run(backend.attend, inputs, make_layout([5, 9]))
     assert len(built) == 4
     assert block_mask(layout, backend.visible) is block_mask(layout, backend.visible)
+
+
+def test_a_call_holds_some_documents_only():
+    """On a CPU neighbouring documents share a call up to a size, so that no scores of a whole stream are made."""
+    layout = make_layout([200] * 9 + [1500, 3, 4], [1] * 9 + [700, 3, 1])
+    runs = flex._runs(layout, not_later)
+    assert [(run.seen.start, run.seen.stop) for run in runs] == [
+        (0, 600),
+        (600, 1200),
+        (1200, 1600),
+        (1600, 3300),
+        (3300, 3307),
+    ]
+    assert [(run.asked.start, run.asked.stop) for run in runs] == [(0, 3), (3, 6), (6, 8), (8, 709), (709, 713)]
 
 
 @pytest.fixture
