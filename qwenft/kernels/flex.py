@@ -95,7 +95,7 @@ def block_mask(layout: SequenceLayout, rule: Rule | None) -> BlockMask:
 
     Returns:
         A mask of S queries and T keys. Its tensors have a number for each pair of blocks, and nothing on the way
-        to them is larger than 8 million bools or one for each pair of blocks.
+        to them is larger than 8 million numbers or one for each pair of blocks.
     """
     return layout.derived(("block mask", rule), lambda: _block_mask(layout, rule))
 
