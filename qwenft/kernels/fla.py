@@ -108,7 +108,7 @@ def fla_short_conv(
         initial_state=None if initial_state is None else _to_cache(initial_state),
         output_final_state=return_state,
         activation=activation,
-        # Named, although it is the default: the others need the causal-conv1d package, and "cuda" packs otherwise.
+        # Named, although it is the default: the others need the causal-conv1d package.
         backend="triton",
         **_boundaries(layout),
     )
@@ -127,7 +127,7 @@ def _check_dtype(name: str, x: Tensor) -> None:
 
 
 def _boundaries(layout: SequenceLayout) -> dict[str, Tensor]:
-    """FLA's arguments for the documents' boundaries, in int64 as its own tests give them.
+    """FLA's arguments for the documents' boundaries, in int64: the LongTensor of its signatures.
 
     The copy on the host spares a wait for the GPU, and FLA keeps what it derives from these tensors by their
     identity: they must be the same objects in every layer.
