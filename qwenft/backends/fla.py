@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import re
 from typing import TYPE_CHECKING
 
 import attrs
+from packaging.version import Version
 
+from qwenft.backends.requirements import before_ampere, installed
 from qwenft.capabilities import Availability, LinearAttentionBackend
 
 if TYPE_CHECKING:
@@ -29,18 +29,18 @@ class _Needed:
     """
 
     distribution: str
-    oldest: tuple[int, ...]
+    oldest: str
     why: str
 
 
 NEEDED = (
-    _Needed("flash-linear-attention", (0, 6), "older ones have other functions"),
-    _Needed("triton", (3, 5), "FLA 0.6 does not import with older ones"),
+    _Needed("flash-linear-attention", "0.6", "older ones have other functions"),
+    _Needed("triton", "3.5", "FLA 0.6 does not import with older ones"),
 )
 #: FLA raises too, but only in the first backward pass (fla-org/flash-linear-attention#640 and #983).
 NEEDED_ON_HOPPER = (
     *NEEDED,
-    _Needed("triton", (3, 7, 1), "older ones miscompile its backward pass for Hopper, and gradients are wrong"),
+    _Needed("triton", "3.7.1", "older ones miscompile its backward pass for Hopper, and gradients are wrong"),
 )
 #: What the state's kernels assert (fla.ops.common.chunk_delta_h).
 LARGEST_KEY_DIM = 256
@@ -57,11 +57,10 @@ class FlaDeltaRule(LinearAttentionBackend):
         """On GPUs from Ampere on, with versions of FLA and Triton that are not known to be wrong there."""
         if machine.device != "cuda":
             return Availability(usable=False, reason="it needs an NVIDIA GPU")
-        capability = machine.compute_capability or (0, 0)
-        if capability < (8, 0):
-            reason = f"it needs compute capability 8.0 or more, the GPU has {_text(capability)}"
+        if (reason := before_ampere(machine)) is not None:
             return Availability(usable=False, reason=reason)
-        return _installation(NEEDED_ON_HOPPER if capability[0] == 9 else NEEDED)
+        is_hopper = machine.compute_capability is not None and machine.compute_capability[0] == 9
+        return _installation(NEEDED_ON_HOPPER if is_hopper else NEEDED)
 
     def refuses(self, problem: LinearAttentionProblem) -> str | None:
         """Other devices than a GPU, other dtypes than bfloat16, and head dims that FLA asserts against."""
@@ -132,25 +131,12 @@ class FlaDeltaRule(LinearAttentionBackend):
 def _installation(needed: tuple[_Needed, ...]) -> Availability:
     """Whether all that is needed is installed, and new enough."""
     for need in needed:
-        found = _version(need.distribution)
+        found = installed(need.distribution)
         if found is None:
             reason = f"{need.distribution} is not installed"
             return Availability(usable=False, reason=reason, remedy='pip install "qwenft[cuda]"')
-        if found < need.oldest:
-            oldest = _text(need.oldest)
-            reason = f"it needs {need.distribution} {oldest} or newer, found {_text(found)}: {need.why}"
-            return Availability(usable=False, reason=reason, remedy=f'pip install "{need.distribution}>={oldest}"')
+        if found < Version(need.oldest):
+            reason = f"it needs {need.distribution} {need.oldest} or newer, found {found}: {need.why}"
+            remedy = f'pip install "{need.distribution}>={need.oldest}"'
+            return Availability(usable=False, reason=reason, remedy=remedy)
     return Availability(usable=True)
-
-
-def _version(distribution: str) -> tuple[int, ...] | None:
-    """The version of an installed distribution, read without importing it, or None."""
-    try:
-        version = importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
-
-
-def _text(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))

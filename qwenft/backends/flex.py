@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING
 
+from qwenft.backends.requirements import before_ampere
 from qwenft.capabilities import AttentionBackend, Availability
 
 if TYPE_CHECKING:
@@ -43,13 +44,9 @@ class FlexAttention(AttentionBackend):
         """On a CPU; on GPUs from Ampere on where Triton is installed, through which torch compiles the kernel."""
         if machine.device == "cpu":
             return Availability(usable=True)
-        capability = machine.compute_capability or (0, 0)
-        if capability < (8, 0):
-            # Torch compiles no bfloat16 for older GPUs, and its blocks for 256 head dims do not fit into them.
-            have = ".".join(map(str, capability))
-            return Availability(
-                usable=False, reason=f"it needs compute capability 8.0 or more, the GPU has {have}"
-            )
+        # Torch compiles no bfloat16 for older GPUs, and its blocks for 256 head dims do not fit into them.
+        if (reason := before_ampere(machine)) is not None:
+            return Availability(usable=False, reason=reason)
         if importlib.util.find_spec("triton") is None:
             reason = "torch compiles it with Triton, which is not installed"
             return Availability(usable=False, reason=reason, remedy="pip install triton")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from packaging.version import Version
 
-from qwenft.backends.flash import Support, installed, unsupported_gpu, unsupported_problem
+from qwenft.backends.requirements import Support, installed, unsupported_gpu, unsupported_problem
 from qwenft.capabilities import AttentionBackend, Availability
 from qwenft.errors import BackendUnavailable, SpecError
 

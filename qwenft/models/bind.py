@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
+from transformers import Cache
 from transformers.models.qwen3_5 import modeling_qwen3_5 as dense
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
 
@@ -50,20 +51,18 @@ class _BoundGatedDeltaNet:
     def forward(
         self: Any,
         hidden_states: torch.Tensor,
-        cache_params: Any = None,
         attention_mask: torch.Tensor | None = None,
         layout: Any = None,
-        cache: Any = None,
-        **_: Any,
+        **options: Any,
     ) -> torch.Tensor:
-        # Named cache_params up to transformers 5.23, cache from 5.24 on.
-        cache_params = cache if cache is not None else cache_params
+        # By its type: transformers 5.24 renamed the argument, and one that is not found would silently be ignored.
+        cache = next((option for option in options.values() if isinstance(option, Cache)), None)
         rows, tokens, width = hidden_states.shape
         if layout is not None:
             return self._mix(hidden_states[0], layout)[0][None]
         if attention_mask is not None:
             hidden_states = (hidden_states * attention_mask[:, :, None]).to(hidden_states.dtype)
-        conv_state, scan_state = self._states(cache_params)
+        conv_state, scan_state = self._states(cache)
         # Rows are documents: all in one stream, or one by one where the backend cannot keep them apart.
         size = rows if self.qwenft_backend.supports_packing else 1
         parts = [
@@ -72,16 +71,16 @@ class _BoundGatedDeltaNet:
                 SequenceLayout.from_lengths([tokens] * size, device=hidden_states.device),
                 conv_state=None if conv_state is None else conv_state[first : first + size],
                 scan_state=None if scan_state is None else scan_state[first : first + size],
-                return_state=cache_params is not None,
+                return_state=cache is not None,
             )
             for first in range(0, rows, size)
         ]
         mixed, conv_inputs = (torch.cat([part[i] for part in parts]) for i in (0, 1))
-        if cache_params is not None:
+        if cache is not None:
             inputs_BCT = conv_inputs.view(rows, tokens, -1).transpose(1, 2)
             scan_state = torch.cat([part[2] for part in parts])
-            cache_params.update_conv_state(inputs_BCT, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
-            cache_params.update_recurrent_state(scan_state, self.layer_idx)
+            cache.update_conv_state(inputs_BCT, self.layer_idx, conv_kernel_size=self.conv_kernel_size)
+            cache.update_recurrent_state(scan_state, self.layer_idx)
         return mixed.view(rows, tokens, width)
 
     def _states(self: Any, cache: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:

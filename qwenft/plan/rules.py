@@ -97,6 +97,10 @@ def vision_tower(draft: Draft) -> Iterator[Finding]:
         yield error("model.vision", f"{draft.checkpoint.name} has no vision tower", ".text_only()")
     if not draft.model.vision and not draft.checkpoint.is_text_only:
         yield note("model.vision", "the vision tower is not loaded; exports keep it as it is")
+
+
+def vision_attention(draft: Draft) -> Iterator[Finding]:
+    """A backend of the tower must have a tower."""
     if draft.attention.vision != "auto" and draft.architecture.is_text_only:
         yield error(
             "attention.vision",
@@ -332,6 +336,7 @@ def data_loss(draft: Draft) -> Iterator[Finding]:
 
 RULES: tuple[Callable[[Draft], Iterator[Finding]], ...] = (
     vision_tower,
+    vision_attention,
     precision,
     roles_exist,
     adapter_fields,

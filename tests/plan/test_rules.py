@@ -671,7 +671,7 @@ def test_auto_takes_what_is_best_on_a_gpu(monkeypatch):
     from packaging.version import Version
 
     monkeypatch.setattr("qwenft.backends.flash.installed", lambda _: Version("99"))
-    monkeypatch.setattr("qwenft.backends.fla._version", lambda _: (99,))
+    monkeypatch.setattr("qwenft.backends.fla.installed", lambda _: Version("99"))
     for machine, full in (("H100-80GB", "flash_attention_3"), ("A100-80GB", "flash_attention_2")):
         chosen = recipe(data=DATA.pack()).compile(Machine.named(machine), strict=False).draft.backends
         assert {slot: backend.name for slot, backend in chosen.items()} == {"full": full, "linear": "fla"}
