@@ -9,10 +9,10 @@ import qwenft as qf
 from qwenft import backends
 from qwenft.errors import ConformanceError, LeakError, PlanError
 from qwenft.family.architectures import FAMILY
-from qwenft.kernels.layout import SequenceLayout
 from qwenft.models.checkpoint import architecture_of
 from qwenft.models.verify import verify
 from qwenft.specs.model import ModelSpec
+from tests.leaking import LeakingAttention, LeakingConv, LeakingScan, LeakingScanAfterLong
 
 TINY = {"device": "cpu", "dtype": "float32"}
 CHATS = [
@@ -25,49 +25,6 @@ CHATS = [
 def tiny(dense_checkpoint):
     """The text half of the tiny checkpoint."""
     return architecture_of(ModelSpec(dense_checkpoint)).text_only()
-
-
-def merged(layout, *, after=0):
-    """The layout without the boundaries behind documents of more than ``after`` tokens."""
-    lengths = [layout.lengths[0]]
-    for before, length in zip(layout.lengths, layout.lengths[1:], strict=False):
-        if before > after:
-            lengths[-1] += length
-        else:
-            lengths.append(length)
-    return SequenceLayout(lengths)
-
-
-class LeakingAttention(backends.SdpaAttention):
-    """Takes the stream for one document."""
-
-    def attend(self, query, key, value, *, layout, scale, causal=True):
-        """See the class."""
-        return super().attend(query, key, value, layout=merged(layout), scale=scale, causal=causal)
-
-
-class LeakingConv(backends.TorchDeltaRule):
-    """Its taps reach over the start of a document."""
-
-    def short_conv(self, x, weight, bias, *, layout, **options):
-        """See the class."""
-        return super().short_conv(x, weight, bias, layout=merged(layout), **options)
-
-
-class LeakingScan(backends.TorchDeltaRule):
-    """Carries the state into the next document."""
-
-    after = 0
-
-    def delta_rule(self, *inputs, layout, **options):
-        """See the class."""
-        return super().delta_rule(*inputs, layout=merged(layout, after=self.after), **options)
-
-
-class LeakingLongScan(LeakingScan):
-    """Does so after documents longer than 64 tokens only."""
-
-    after = 64
 
 
 class WrongGradient(torch.autograd.Function):
@@ -118,7 +75,7 @@ LEAKS = [
     (LeakingAttention(), "attention"),
     (LeakingConv(), "conv"),
     (LeakingScan(), "scan"),
-    (LeakingLongScan(), "scan"),
+    (LeakingScanAfterLong(), "scan"),
 ]
 WRONGS = [(WrongAttentionGradient(), "attention"), (WrongConvGradient(), "conv"), (WrongScanGradient(), "scan")]
 
