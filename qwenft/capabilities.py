@@ -98,6 +98,9 @@ class Backend(ABC):
     #: False: then it is compared with no reference, and isolation alone is proven.
     exact: bool = True
 
+    #: It gives the same bits again: on a CPU, and on CUDA where torch is asked for deterministic algorithms.
+    deterministic: bool = True
+
     #: Where it fetches code from the network, "org/name@commit", or None.
     remote_code: str | None = None
 

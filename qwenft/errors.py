@@ -72,5 +72,9 @@ class ConformanceError(QwenftError, RuntimeError):
     """
 
 
+class NonFiniteError(QwenftError, FloatingPointError):
+    """A loss or a gradient is not finite: `.step`, `.loss`, `.grad_norm`, `.documents` ((file, row) pairs)."""
+
+
 class CheckpointError(QwenftError, OSError):
     """A model folder, run folder or export cannot be read or written (`.path`)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -113,12 +114,12 @@ class Recipe:
         """Write the recipe as JSON; rows in memory go beside it as ``data-<hash>.jsonl``.
 
         Raises:
-            SpecError: it holds a backend that a saved recipe could not find again.
+            SpecError: it holds a backend or a loss that a saved recipe could not find again.
             CheckpointError: the place cannot be written.
         """
         path = Path(path)
-        for backend in (self.attention.full, self.attention.linear):
-            problem = cannot_be_saved(backend) if isinstance(backend, Backend) else None
+        for value in (self.attention.full, self.attention.linear, self.attention.vision, self.training.loss):
+            problem = cannot_be_saved(value) if isinstance(value, Backend | FunctionType) else None
             if problem is not None:
                 raise problem  # before anything is written
         try:
@@ -135,7 +136,7 @@ class Recipe:
 
         Args:
             path: of the JSON file.
-            allow_modules: modules outside the package whose backends may be loaded.
+            allow_modules: modules outside the package whose backends and losses may be loaded.
 
         Raises:
             SpecError: a field is unknown or ill-typed, or a backend's module is not allowed.

@@ -1,47 +1,71 @@
-"""What a run left: its history, its adapter, and the trained model at hand."""
+"""A run: how it is begun, continued and ended, and what it leaves."""
 
 from __future__ import annotations
 
+import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from qwenft.errors import CheckpointError, SpecError, nearest
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from qwenft.specs.data import DataSpec
     from qwenft.training.engine import Prepared
+    from qwenft.training.folder import RunFolder
     from qwenft.training_plan import TrainingPlan
+
+RESUME = ("auto", "must", "never")
 
 
 @attrs.frozen(eq=False, repr=False)
 class Run:
-    """A finished run.
+    """A run that has ended.
 
     Args:
         folder: where it lies.
         plan: what it executed.
-        prepared: the trained model, its tokenizer and data.
+        prepared: the trained model, its tokenizer and data; with ``keep_best``, as they were at the best step.
         history: a record a step, as in ``metrics.jsonl``.
+        ending: "finished", "stopped early" (its patience ended) or "interrupted" (by Ctrl-C or a signal).
     """
 
     folder: Path
     plan: TrainingPlan
     prepared: Prepared
     history: list[dict[str, Any]]
+    ending: str
 
     @property
     def adapter_path(self) -> Path | None:
-        """The adapter's folder; None after full fine-tuning, which leaves ``model/``."""
+        """The adapter's folder; None after full fine-tuning, which leaves ``model/``, and while unfinished."""
         path = self.folder / "adapter"
         return path if path.exists() else None
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The newest checkpoint, from which ``train()`` continues."""
+        from qwenft.training.folder import RunFolder
+
+        return next(reversed(RunFolder(self.folder).checkpoints.values()), None)
 
     @property
     def held_out_losses(self) -> list[tuple[int, float]]:
         """(step, loss) of every evaluation on held-out data."""
         return [(record["step"], record["held_out_loss"]) for record in self.history if "held_out_loss" in record]
 
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        """``step``, ``prompt`` and ``answer`` of every sample prompt at every evaluation."""
+        path = self.folder / "samples.jsonl"
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
     def evaluate(self, data: DataSpec | None = None) -> dict[str, float]:
-        """Loss and perplexity on data of your own, or on the held-out part.
+        """Loss (nats a token), perplexity and accuracy on data of your own, or on the held-out part.
 
         Args:
             data: conversations; the held-out part where None.
@@ -89,3 +113,97 @@ class Run:
         from qwenft.reports.text import render_run
 
         return render_run(self)
+
+
+def train(
+    plan: TrainingPlan,
+    path: Path,
+    *,
+    resume: str,
+    progress: bool,
+    on_step: Callable[[dict[str, Any]], Any] | None,
+    on_evaluate: Callable[[dict[str, Any]], Any] | None,
+    on_save: Callable[[Path], Any] | None,
+    on_end: Callable[[Run], Any] | None,
+) -> Run:
+    """Begin or continue a run; see :meth:`qwenft.TrainingPlan.train`."""
+    from qwenft.reports.events import EventFile
+    from qwenft.reports.live import Progress
+    from qwenft.training import loop
+
+    folder, prepared, history = _begin(plan, path, resume)
+    with ExitStack() as stack:
+        shown = stack.enter_context(Progress(plan.data, plan.recipe.training, prepared.steps_done, shown=progress))
+        events = stack.enter_context(EventFile(path / "tensorboard", prepared.steps_done))
+        listeners = loop.Listeners(
+            on_step=_all(shown.step, events.step, on_step),
+            on_evaluate=_all(shown.evaluation, events.evaluation, on_evaluate),
+            on_save=_all(on_save),
+            on_notice=shown.notice,
+        )
+        ending = loop.train(prepared, folder, history, listeners, state_bytes=plan.state.total)
+    if ending != loop.INTERRUPTED:
+        _leave_results(plan, folder, prepared, history)
+    run = Run(path, plan, prepared, history, ending)
+    if on_end is not None:
+        on_end(run)
+    return run
+
+
+def _begin(plan: TrainingPlan, path: Path, resume: str) -> tuple[RunFolder, Prepared, list[dict[str, Any]]]:
+    """The folder, the prepared model and the history of a run, where it stands."""
+    from qwenft.training.checkpoint import require_same
+    from qwenft.training.folder import RunFolder, removed_on_error, require_free
+
+    if resume not in RESUME:
+        problem = f"train(resume={resume!r}): expected one of {', '.join(RESUME)}{nearest(str(resume), RESUME)}"
+        raise SpecError(problem, fix='resume="auto"', got=resume, expected=RESUME)
+    folder = RunFolder(path)
+    continues = resume != "never" and folder.is_claimed
+    if resume == "must" and not folder.checkpoints:
+        raise CheckpointError(f"{path} holds no checkpoint to continue from", fix='resume="auto"', path=path)
+    if not continues:
+        require_free(path)
+    plan.require_runnable()
+    if continues:
+        fix = f'the recipe of the run, Recipe.load("{path}/recipe.json"), or another folder, "{path}-2" say'
+        require_same(folder.plan["identity"], plan.identity, subject="recipe", fix=fix, path=path)
+    _ = plan.data
+    plan.verify()
+    with ExitStack() as stack:
+        if not continues:
+            folder = RunFolder.claim(path, {"plan.json": plan.summary()})
+            stack.enter_context(removed_on_error(path))
+        if plan.is_saved_whole:
+            plan.recipe.save(path / "recipe.json")
+        prepared = plan.prepare()
+        if folder.checkpoints:
+            prepared.load(next(reversed(folder.checkpoints.values())))
+    return folder, prepared, folder.rewind(prepared.steps_done)
+
+
+def _leave_results(
+    plan: TrainingPlan, folder: RunFolder, prepared: Prepared, history: list[dict[str, Any]]
+) -> None:
+    """Write the adapter or the trained model, of the best step where it is kept."""
+    from qwenft.training.loop import best_step
+
+    best = best_step(history) if plan.recipe.training.keep_best else None
+    if best is not None and best != prepared.steps_done:
+        prepared.load(folder.checkpoint(best))
+    try:
+        plan.leave_results(prepared.model, folder.path)
+    except CheckpointError as error:
+        fix = f"room on the disk, then the same train() again: every step is in {folder.path}/checkpoints"
+        raise CheckpointError(error.problem, fix=fix, path=error.path) from error
+
+
+def _all(*functions: Callable[[Any], Any] | None) -> Callable[[Any], None]:
+    """One function that calls each of these."""
+
+    def call(value: Any) -> None:
+        for function in functions:
+            if function is not None:
+                function(value)
+
+    return call

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from qwenft import backends
 from qwenft.capabilities import AttentionProblem, LinearAttentionProblem
 from qwenft.data.sources import check_head
 from qwenft.errors import DataError, PlanError, SpecError
+from qwenft.family.inventory import role_of
 from qwenft.machine import Machine
 from qwenft.models.checkpoint import architecture_of, checkpoint_folder, has_weights
 from qwenft.plan.choice import Choice, choose
@@ -22,10 +22,12 @@ from qwenft.plan.coverage import CoverageRow, coverage, trained_weights
 from qwenft.plan.findings import LEVELS, Finding, error
 from qwenft.plan.records import DataReport, StateBytes, state_bytes
 from qwenft.plan.rules import Draft, Slot, check
+from qwenft.specs.codec import Codec, cannot_be_saved
 from qwenft.specs.data import DataSpec
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Callable
 
     from qwenft.comparison import Verification
     from qwenft.recipe import Recipe
@@ -166,7 +168,8 @@ class TrainingPlan:
     @property
     def state(self) -> StateBytes:
         """The bytes of weights, gradients and optimizer."""
-        return state_bytes(self.draft.architecture, self.recipe.adapter, self.recipe.model.dtype)
+        recipe = self.recipe
+        return state_bytes(self.draft.architecture, recipe.adapter, recipe.training, recipe.model.dtype)
 
     @property
     def fingerprint(self) -> str:
@@ -218,6 +221,7 @@ class TrainingPlan:
             LeakError, ConformanceError: see :meth:`verify`; no weight has been read then either.
             CheckpointError: the weights cannot be loaded.
         """
+        from qwenft.models.lora import base_name
         from qwenft.training.engine import Prepared
         from qwenft.training.prepare import prepare_model
 
@@ -227,57 +231,74 @@ class TrainingPlan:
             self._folder,
             self.draft.architecture,
             adapter=self.recipe.adapter,
+            training=self.recipe.training,
             backends=self.draft.backends,
             dtype=self.recipe.model.dtype,
             compute_dtype=self.draft.compute_dtype,
             device=self.machine.device,
             source=self.recipe.model.source,
-            seed=self.recipe.training.seed,
         )
-        return Prepared(model, self._tokenizer, corpus, self.recipe.training, self.machine.device)
+        return Prepared(
+            model,
+            self._tokenizer,
+            corpus,
+            self.recipe.training,
+            device=self.machine.device,
+            role_of=lambda name: role_of(self.draft.architecture, base_name(name)),
+            identity=self.identity,
+        )
 
-    def train(self, run_dir: str | os.PathLike[str], *, progress: bool = True) -> Run:
-        """Train, and leave everything in a new folder.
+    def train(
+        self,
+        run_dir: str | os.PathLike[str],
+        resume: str = "auto",
+        *,
+        progress: bool = True,
+        on_step: Callable[[dict[str, Any]], Any] | None = None,
+        on_evaluate: Callable[[dict[str, Any]], Any] | None = None,
+        on_save: Callable[[Path], Any] | None = None,
+        on_end: Callable[[Run], Any] | None = None,
+    ) -> Run:
+        """Train, and leave everything in a folder; a run that was stopped there is continued, to the bit.
+
+        Ctrl-C, a notebook's interrupt and SIGTERM end it after the step that it is at, with a checkpoint; a second
+        one ends it at once.
 
         Args:
-            run_dir: must not exist, or be empty.
-            progress: show the plan's progress as it goes.
+            run_dir: a new or empty folder, or that of a run of the same recipe, weights and data.
+            resume: "auto" continues what is there, "must" refuses to begin anew, "never" to continue.
+            progress: show a line of progress.
+            on_step: called with the record of each step, as in ``metrics.jsonl``.
+            on_evaluate: called with the record of each evaluation, and its answers under "samples".
+            on_save: called with the folder of each checkpoint.
+            on_end: called with the run.
 
         Returns:
-            The run.
+            The run; its ``.ending`` says how it ended.
 
         Raises:
             PlanError: something blocks the run here.
             DataError: the data are wrong.
             LeakError, ConformanceError: see :meth:`verify`.
-            CheckpointError: the folder is taken or cannot be written, or the weights cannot be loaded.
+            CheckpointError: the folder holds something else, a checkpoint is damaged, or something cannot be
+                written; checkpoints that were there are whole.
+            NonFiniteError: a loss or gradient is not finite.
         """
-        from qwenft.reports.live import Progress
-        from qwenft.run import Run
-        from qwenft.specs.codec import cannot_be_saved
-        from qwenft.training.folder import claim_run_folder, removed_on_error, require_free
-        from qwenft.training.loop import train
+        from qwenft.run import train
 
-        folder = Path(run_dir)
-        require_free(folder)
-        self._require_runnable()
-        report = self.data
-        self.verify()
-        claim_run_folder(folder, {"plan.json": self.summary()})
-        with removed_on_error(folder):
-            if not any(cannot_be_saved(slot.backend) for slot in self.draft.slots):
-                self.recipe.save(folder / "recipe.json")
-            prepared = self.prepare()
-        with Progress(report.steps, shown=progress) as shown:
-            history = train(prepared, folder / "metrics.jsonl", state_bytes=self.state.total, on_step=shown.update)
-        if self.recipe.adapter.kind == "lora":
-            self._save_adapter(prepared.model, folder / "adapter")
-        else:
-            self.export(prepared.model, folder / "model")
-        return Run(folder, self, prepared, history)
+        return train(
+            self,
+            Path(run_dir),
+            resume=resume,
+            progress=progress,
+            on_step=on_step,
+            on_evaluate=on_evaluate,
+            on_save=on_save,
+            on_end=on_end,
+        )
 
     def evaluate(self, prepared: Prepared, data: DataSpec | None) -> dict[str, float]:
-        """Loss and perplexity of a prepared model; see :meth:`qwenft.run.Run.evaluate`."""
+        """How a prepared model predicts; see :meth:`qwenft.run.Run.evaluate`."""
         from qwenft.data.corpus import read_corpus
 
         stream = prepared.corpus.held_out
@@ -286,8 +307,8 @@ class TrainingPlan:
             stream = read_corpus(whole, self.recipe.training, self._encoder).train
         if stream is None:
             raise DataError("there is no held-out data", fix="run.evaluate(DataSpec.messages(...))", row=None)
-        loss = prepared.evaluate(stream)
-        return {"loss": loss, "perplexity": math.exp(loss)}
+        found = prepared.evaluate(stream)
+        return {"loss": found.loss, "perplexity": found.perplexity, "accuracy": found.accuracy}
 
     def export(self, model: Any, path: Path) -> Path:
         """Write the merged checkpoint; see :meth:`qwenft.run.Run.export`."""
@@ -311,6 +332,7 @@ class TrainingPlan:
             "trained_parameters": self.trained_parameters,
             "state_bytes": attrs.asdict(self.state),
             "data": attrs.asdict(self.data) if self.data_is_known else None,
+            "identity": self.identity if self.data_is_known else None,
             "findings": [attrs.asdict(finding) for finding in self.findings],
         }
 
@@ -322,12 +344,17 @@ class TrainingPlan:
 
         return render_plan(self)
 
-    def _save_adapter(self, model: Any, path: Path) -> None:
+    def leave_results(self, model: Any, folder: Path) -> None:
+        """Write what was learned into a run's folder, where it is not yet: the adapter, or the whole model."""
         from qwenft.models.lora import save_adapter
         from qwenft.training.folder import new_folder
 
-        with new_folder(path) as folder:
-            save_adapter(model, folder, self.draft.checkpoint, self.draft.architecture)
+        if self.recipe.adapter.kind == "full":
+            if not (folder / "model").exists():
+                self.export(model, folder / "model")
+        elif not (folder / "adapter").exists():
+            with new_folder(folder / "adapter") as adapter:
+                save_adapter(model, adapter, self.draft.checkpoint, self.draft.architecture)
 
     @property
     def is_verified(self) -> bool:
@@ -350,14 +377,37 @@ class TrainingPlan:
             dtype=self.draft.compute_dtype,
         )
 
-    def _require_runnable(self) -> None:
+    def require_runnable(self) -> None:
+        """Raise PlanError with all that blocks the run here."""
         hindrances = [finding for finding in self.findings if finding.level != "note"]
         if hindrances:
             raise PlanError(hindrances, subject="before this can run")
 
+    @property
+    def is_saved_whole(self) -> bool:
+        """Whether a saved recipe can be loaded again: nothing in it is defined where it could not be found."""
+        loss = self.recipe.training.loss
+        named: list[Any] = [slot.backend for slot in self.draft.slots]
+        named += [] if isinstance(loss, str) else [loss]
+        return all(cannot_be_saved(value) is None for value in named)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """JSON values of all that a run's result depends on: the recipe, the base's weights, the tokenised data.
+
+        How often it is saved, and how many checkpoints are kept, is not among them.
+        """
+        from qwenft.models.checkpoint import weight_digests
+
+        recipe = Codec(folder=None).dump(self.recipe)
+        for name in ("save_every", "keep_checkpoints"):
+            del recipe["training"][name]
+        values = {"recipe": recipe, "weights": weight_digests(self._folder), "data": self._corpus.digests}
+        return dict(json.loads(json.dumps(values)))
+
     @cached_property
     def _folder(self) -> Path:
-        self._require_runnable()
+        self.require_runnable()
         return checkpoint_folder(self.recipe.model)
 
     @cached_property
@@ -376,6 +426,6 @@ class TrainingPlan:
     def _corpus(self) -> Any:
         from qwenft.data.corpus import read_corpus
 
-        self._require_runnable()
+        self.require_runnable()
         assert self.recipe.data is not None
         return read_corpus(self.recipe.data, self.recipe.training, self._encoder)

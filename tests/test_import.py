@@ -22,6 +22,7 @@ PUBLIC = [
     "LinearAttentionBackend",
     "Machine",
     "ModelSpec",
+    "NonFiniteError",
     "ParallelSpec",
     "PlanError",
     "QwenftError",

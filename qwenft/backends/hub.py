@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
@@ -113,6 +113,11 @@ class HubAttention(AttentionBackend):
         """Whether it is a build of flash-attention."""
         return self.name in KNOWN
 
+    @property
+    def deterministic(self) -> bool:  # type: ignore[override]
+        """Whether it can repeat its backward to the bit: known of flash-attention alone."""
+        return self.name in KNOWN
+
     def availability(self, machine: Machine) -> Availability:
         """On the GPUs that it is built for, as far as they are known, with the package `kernels`."""
         if machine.device != "cuda":
@@ -180,12 +185,13 @@ class HubAttention(AttentionBackend):
         from qwenft.kernels.flash import document_attention, varlen_attention
 
         kernel = self.load()
-        if hasattr(kernel, "flash_attn_varlen_func"):
-            function = kernel.flash_attn_varlen_func
-            return varlen_attention(function, query, key, value, layout=layout, scale=scale, causal=causal)
-        if hasattr(kernel, "flash_attn_func"):
-            function = kernel.flash_attn_func
-            return document_attention(function, query, key, value, layout=layout, scale=scale, causal=causal)
+        for name, attend in (
+            ("flash_attn_varlen_func", varlen_attention),
+            ("flash_attn_func", document_attention),
+        ):
+            if hasattr(kernel, name):
+                options: dict[str, Any] = {"scale": scale, "causal": causal, "repeats": self.deterministic}
+                return attend(getattr(kernel, name), query, key, value, layout=layout, **options)
         offered = [name for name in dir(kernel) if not name.startswith("_") and callable(getattr(kernel, name))]
         raise BackendUnavailable(
             f"{self.remote_code} has no flash_attn_varlen_func and no flash_attn_func; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from typing import TYPE_CHECKING
 
@@ -25,11 +26,13 @@ class Corpus:
         train: the rows and steps of training.
         held_out: the rows of evaluation, or None.
         report: what was counted.
+        digests: of each file, what it gave to either part: equal ones are trained on alike.
     """
 
     train: Stream
     held_out: Stream | None
     report: DataReport
+    digests: dict[str, str]
 
 
 @attrs.define
@@ -75,8 +78,10 @@ def read_corpus(data: DataSpec, training: TrainingSpec, encoder: ChatEncoder) ->
         held_out=len(held_out),
         held_out_supervised=sum(document.supervised for document in held_out),
     )
+    _require_reached(report.steps, training)
     other = data.held_out if isinstance(data.held_out, DataSpec) else data
-    return Corpus(train, _stream(held_out, other, training) if held_out else None, report)
+    digests = {**_digests(documents, ""), **_digests(held_out, "held out, ")}
+    return Corpus(train, _stream(held_out, other, training) if held_out else None, report, digests)
 
 
 def _stream(documents: list[Document], data: DataSpec, training: TrainingSpec) -> Stream:
@@ -144,3 +149,40 @@ def _require_supervision(documents: list[Document], data: DataSpec, what: str) -
             file=None,
             row=None,
         )
+
+
+def _require_reached(steps: int, training: TrainingSpec) -> None:
+    """Refuse what the run would end before."""
+    every = training.evaluate_every
+    if every is not None and every > steps:
+        raise DataError(
+            f"training.evaluate_every: the run has {steps:,} steps, and step {every:,} is never reached",
+            fix=f"TrainingSpec(evaluate_every={steps}), more data, or more epochs",
+            file=None,
+            row=None,
+        )
+    if every is not None and training.patience is not None and training.patience >= -(-steps // every):
+        raise DataError(
+            f"training.patience: {steps:,} steps are evaluated {-(-steps // every)} times, "
+            f"and a patience of {training.patience} never ends before",
+            fix="a smaller patience or evaluate_every",
+            file=None,
+            row=None,
+        )
+
+
+def _digests(documents: list[Document], part: str) -> dict[str, str]:
+    """By file: how many documents and tokens of it are used, and a sha256 of them and their order."""
+    by_file: dict[str, list[Document]] = {}
+    for document in documents:
+        by_file.setdefault(document.file, []).append(document)
+    digests = {}
+    for file, of_file in by_file.items():
+        digest = hashlib.sha256()
+        for document in of_file:
+            digest.update(document.row.to_bytes(8, "little"))
+            digest.update(document.input_ids.tobytes())
+            digest.update(document.labels.tobytes())
+        tokens = sum(map(len, of_file))
+        digests[f"{part}{file}"] = f"{len(of_file):,} documents, {tokens:,} tokens, sha256 {digest.hexdigest()}"
+    return digests

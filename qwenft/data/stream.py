@@ -57,6 +57,22 @@ class Batch:
             weights=None if self.weights is None else self.weights.to(device),
         )
 
+    def split(self) -> list[Batch]:
+        """A micro-batch for each of its documents."""
+        lengths = list(self.layout.lengths)
+        ids, labels = self.input_ids.split(lengths), self.labels.split(lengths)
+        weights = None if self.weights is None else self.weights.split(lengths)
+        return [
+            Batch(
+                input_ids=ids[n],
+                labels=labels[n],
+                layout=SequenceLayout.from_lengths([length], device=self.input_ids.device),
+                weights=None if weights is None else weights[n],
+                documents=self.documents[n : n + 1],
+            )
+            for n, length in enumerate(lengths)
+        ]
+
     @property
     def tokens(self) -> float:
         """The sum of the weights of supervised positions: what a mean loss divides by."""
@@ -115,9 +131,9 @@ class Stream:
             room -= tokens
         return steps
 
-    def batches(self, epoch: int = 0) -> Iterator[list[Batch]]:
-        """The micro-batches of every step of an epoch."""
-        for step in self.steps(epoch):
+    def batches(self, epoch: int = 0, first: int = 0) -> Iterator[list[Batch]]:
+        """The micro-batches of every step of an epoch, from its step ``first`` on."""
+        for step in self.steps(epoch)[first:]:
             yield [self.batch(row) for row in step]
 
     def batch(self, row: Sequence[int]) -> Batch:

@@ -118,6 +118,36 @@ class Weight:
         return tuple(f"{module}.{self.parameter}" for module in self.module_names(text_only=text_only))
 
 
+def role_of(architecture: Architecture, parameter: str) -> str:
+    """The role of a parameter, or of an adapter's parameter inside the module that it adapts.
+
+    Args:
+        architecture: the model as it is loaded.
+        parameter: its full name, with the names of adapters behind those of modules.
+
+    Raises:
+        KeyError: it lies in no module of the model.
+    """
+    roles = _roles_by_name(architecture)
+    name = parameter
+    while name not in roles:
+        if not name:
+            raise KeyError(parameter)
+        name = name.rpartition(".")[0]
+    return roles[name]
+
+
+@lru_cache(maxsize=16)
+def _roles_by_name(architecture: Architecture) -> dict[str, str]:
+    roles: dict[str, str] = {}
+    for weight in inventory(architecture):
+        names = weight.names(text_only=architecture.is_text_only)
+        roles.update(dict.fromkeys(names, weight.role))
+        for module in weight.module_names(text_only=architecture.is_text_only):
+            roles.setdefault(module, weight.role)
+    return roles
+
+
 @lru_cache(maxsize=256)
 def inventory(architecture: Architecture) -> tuple[Weight, ...]:
     """Every weight of a model, in the order of the forward pass, the vision half last.

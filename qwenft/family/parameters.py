@@ -34,11 +34,11 @@ def total_parameters(architecture: Architecture, *, text_only: bool = False) -> 
     return sum(parameter_counts(architecture, text_only=text_only).values())
 
 
-def added_parameters(weight: Weight, rank: int, *, dora: bool) -> int:
-    """The parameters that LoRA (arXiv:2106.09685) adds to one instance of a weight, as peft builds it.
+def added_sizes(weight: Weight, rank: int, *, dora: bool) -> tuple[int, ...]:
+    """The elements of each tensor that LoRA (arXiv:2106.09685) adds to a weight in one layer, as peft builds it.
 
-    A matrix of ``out`` rows and ``in`` columns gets rank * (in + out), a stack of experts that for each, and
-    the token embedding rank * (vocabulary + hidden size).
+    A matrix of ``out`` rows and ``in`` columns gets two of rank * in and rank * out, a stack of experts those of
+    each together, and the token embedding rank * vocabulary and rank * hidden size.
 
     Args:
         weight: one that LoRA reaches.
@@ -47,8 +47,8 @@ def added_parameters(weight: Weight, rank: int, *, dora: bool) -> int:
     """
     *stack, rows, columns = weight.shape
     experts = stack[0] if stack else 1
-    added = rank * experts * (rows + columns)
+    pair = (rank * experts * rows, rank * experts * columns)
     if not dora or weight.lora_target == "parameter":
-        return added
+        return pair
     # peft keeps the magnitude of an embedding per hidden unit, its columns, and of a Linear per output, its rows.
-    return added + (columns if weight.kind == "embedding" else rows)
+    return (*pair, columns if weight.kind == "embedding" else rows)

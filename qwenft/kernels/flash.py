@@ -75,6 +75,7 @@ def varlen_attention(
     layout: SequenceLayout,
     scale: float,
     causal: bool = True,
+    repeats: bool = True,
 ) -> Tensor:
     """Attend by one call of a `flash_attn_varlen_func`, which is told where documents begin.
 
@@ -86,6 +87,7 @@ def varlen_attention(
         layout: where the documents begin.
         scale: the factor on query times key.
         causal: no token sees a later one.
+        repeats: the function takes ``deterministic``, and is told of it where torch is asked for such algorithms.
 
     Returns:
         [S, H, D], in the dtype of ``query``.
@@ -105,6 +107,7 @@ def varlen_attention(
             max_seqlen_k=layout.max_length,
             softmax_scale=scale,
             causal=causal,
+            **_determinism(repeats=repeats),
         )
     )
 
@@ -118,19 +121,25 @@ def document_attention(
     layout: SequenceLayout,
     scale: float,
     causal: bool = True,
+    repeats: bool = True,
 ) -> Tensor:
     """Attend by a call of a `flash_attn_func` for each document: it knows batches, and no boundaries in a row.
 
     The arguments, the result and what is raised are those of :func:`varlen_attention`.
     """
     check_attention(query, key, value, layout)
-    asked, lengths = list(layout.query_lengths), list(layout.lengths)
+    asked, lengths, options = list(layout.query_lengths), list(layout.lengths), _determinism(repeats=repeats)
     documents = zip(query.split(asked), key.split(lengths), value.split(lengths), strict=True)
     outputs = [
-        _output(function(*(x[None] for x in document), softmax_scale=scale, causal=causal))[0]
+        _output(function(*(x[None] for x in document), softmax_scale=scale, causal=causal, **options))[0]
         for document in documents
     ]
     return torch.cat(outputs)
+
+
+def _determinism(*, repeats: bool) -> dict[str, bool]:
+    """The argument by which all versions add up a backward in a fixed order, where torch is asked to do so."""
+    return {"deterministic": True} if repeats and torch.are_deterministic_algorithms_enabled() else {}
 
 
 def _query_cu_seqlens(layout: SequenceLayout) -> Tensor:

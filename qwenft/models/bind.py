@@ -265,18 +265,40 @@ def causal_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def hidden_states(model: Any, input_ids: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+def hidden_states(
+    model: Any, input_ids: torch.Tensor, layout: SequenceLayout, *, neftune_alpha: float = 0.0
+) -> torch.Tensor:
     """What the output head would be given, for every token of a flat stream.
 
     Args:
         model: bound.
         input_ids: [T].
         layout: where its documents begin.
+        neftune_alpha: of the noise on the embeddings (arXiv:2310.05914).
 
     Returns:
         [T, H].
     """
-    return decoder_of(model)(**stream_arguments(input_ids, layout)).last_hidden_state[0]
+    decoder = decoder_of(model)
+    arguments = stream_arguments(input_ids, layout)
+    if neftune_alpha:
+        embeddings = decoder.embed_tokens(arguments.pop("input_ids"))
+        arguments["inputs_embeds"] = embeddings + neftune_noise(embeddings, layout, neftune_alpha)
+    return decoder(**arguments).last_hidden_state[0]
+
+
+def neftune_noise(embeddings: torch.Tensor, layout: SequenceLayout, alpha: float) -> torch.Tensor:
+    """Uniform noise of up to alpha / sqrt(L H) for every document of L tokens (arXiv:2310.05914).
+
+    Args:
+        embeddings: [1, T, H].
+        layout: where the documents begin: what shares their row does not change their noise.
+        alpha: its size.
+    """
+    lengths = torch.tensor(layout.lengths, device=embeddings.device)
+    size_T = alpha / (lengths * embeddings.shape[-1]).sqrt()
+    noise = torch.zeros_like(embeddings).uniform_(-1, 1)
+    return noise * size_T.repeat_interleave(lengths)[:, None].to(noise.dtype)
 
 
 def stream_arguments(input_ids: torch.Tensor, layout: SequenceLayout) -> dict[str, Any]:

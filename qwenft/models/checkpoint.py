@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+_SAMPLES = 64
+_SAMPLE_BYTES = 2**16
 _FIX = "a checkpoint folder, a hub id such as Qwen/Qwen3.5-4B, or a family name such as qwen3.5-4b"
 
 
@@ -75,6 +78,24 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder}: {index.name} names {missing[0]}, which is missing", fix="copy it again", path=folder
         )
     return [folder / name for name in names]
+
+
+def weight_digests(folder: Path) -> dict[str, str]:
+    """By weight file: its size and a sha256 of samples of it, enough to tell other weights from these, quickly.
+
+    Raises:
+        CheckpointError: a file is missing.
+    """
+    digests = {}
+    for file in weight_files(folder):
+        size = file.stat().st_size
+        digest = hashlib.sha256()
+        with file.open("rb") as content:
+            for sample in range(_SAMPLES):
+                content.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+                digest.update(content.read(_SAMPLE_BYTES))
+        digests[file.name] = f"{size:,} bytes, sha256 of samples {digest.hexdigest()}"
+    return digests
 
 
 def _require_weights(folder: Path) -> None:

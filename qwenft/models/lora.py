@@ -66,6 +66,11 @@ def add_lora(model: Any, config: peft.LoraConfig, *, seed: int) -> Any:
         return peft.get_peft_model(model, config)
 
 
+def base_name(parameter: str) -> str:
+    """A parameter's name without what peft puts before those of the model it wraps."""
+    return parameter.removeprefix("base_model.model.")
+
+
 def save_adapter(model: Any, folder: Path, checkpoint: Architecture, loaded: Architecture) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into an empty folder.
 

@@ -29,8 +29,27 @@ class _CastMatmul(torch.autograd.Function):
         grad_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
+            # In x's dtype: autograd casts it to what the weight's gradient is held in.
+            grad_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
         return grad_x, grad_weight
+
+
+class _CastLookup(torch.autograd.Function):
+    """Rows of a weight [V, H], cast to ``dtype``; a token that occurs often has its gradients added there too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ids: torch.Tensor, weight: torch.Tensor, padding: int | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        ctx.save_for_backward(ids)
+        ctx.words, ctx.padding = len(weight), -1 if padding is None else padding
+        return F.embedding(ids, weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor, None, None]:  # type: ignore[override]
+        (ids,) = ctx.saved_tensors
+        grad_weight = torch.ops.aten.embedding_dense_backward(grad, ids, ctx.words, ctx.padding, False)
+        return None, grad_weight, None, None
 
 
 def cast_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -61,7 +80,7 @@ class CastEmbedding(nn.Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name that torch gives it
         """[...] to [..., H]."""
-        return super().forward(input).to(self.compute_dtype)
+        return _CastLookup.apply(input, self.weight, self.padding_idx, self.compute_dtype)
 
 
 class CastRouter(moe.Qwen3_5MoeTopKRouter):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from qwenft.family.inventory import Weight, inventory
-from qwenft.family.parameters import added_parameters, parameter_counts
+from qwenft.family.parameters import added_sizes, parameter_counts
 from qwenft.family.roles import default_adapter_roles, roles_of
 
 if TYPE_CHECKING:
@@ -22,12 +22,17 @@ class TrainedWeight:
     Args:
         weight: which.
         rank: of the LoRA pair beside it; None where the weight itself is trained.
-        parameters: trained, over all its layers.
+        sizes: elements of each tensor that is trained, in one layer.
     """
 
     weight: Weight
     rank: int | None
-    parameters: int
+    sizes: tuple[int, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Trained, over all its layers."""
+        return self.weight.instances * sum(self.sizes)
 
 
 @attrs.frozen
@@ -66,13 +71,12 @@ def trained_weights(architecture: Architecture, adapter: AdapterSpec) -> tuple[T
     roles = trained_roles(architecture, adapter)
     weights = inventory(architecture)
     if adapter.kind == "full":
-        return tuple(TrainedWeight(w, None, w.count) for w in weights if w.role in roles)
+        return tuple(TrainedWeight(w, None, (w.size,)) for w in weights if w.role in roles)
     trained = []
     for weight in weights:
         if weight.lora_target is not None and (weight.role in roles or _is_named(weight, adapter)):
             rank = adapter.rank_of(weight.role)
-            parameters = weight.instances * added_parameters(weight, rank, dora=adapter.dora)
-            trained.append(TrainedWeight(weight, rank, parameters))
+            trained.append(TrainedWeight(weight, rank, added_sizes(weight, rank, dora=adapter.dora)))
     return tuple(trained)
 
 

@@ -12,6 +12,7 @@ from qwenft.plan.coverage import trained_weights
 if TYPE_CHECKING:
     from qwenft.family.architectures import Architecture
     from qwenft.specs.adapter import AdapterSpec
+    from qwenft.specs.training import TrainingSpec
 
 
 @attrs.frozen
@@ -57,9 +58,9 @@ class StateBytes:
 
     Args:
         weights: frozen weights in their stored dtype.
-        trained: trained parameters, float32.
-        gradients: of the trained parameters, float32.
-        optimizer: two moments of each trained parameter, float32.
+        trained: trained parameters: float32, or bfloat16 where they are rounded stochastically.
+        gradients: of the trained parameters: float32, or of their dtype where a step is one micro-batch.
+        optimizer: what the optimizer keeps of each trained parameter.
     """
 
     weights: int
@@ -77,20 +78,53 @@ _FLOAT32 = 4
 _ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 # A_log, dt_bias and the GDN norm are float32 in every checkpoint and stay so.
 _ISLANDS = ("A_log", "dt_bias")
+# bitsandbytes 0.50, optim/optimizer.py: smaller tensors keep float32 moments; others a byte each, and for either
+# moment a float32 maximum a block and a map of 256 float32 values that all of them share.
+_SMALL = 4096
+_BLOCK = 256
 
 
-def state_bytes(architecture: Architecture, adapter: AdapterSpec, dtype: str) -> StateBytes:
-    """Count what a run holds: frozen weights as stored, and four float32 values a trained parameter with AdamW."""
-    trained = trained_weights(architecture, adapter)
-    replaced = {entry.weight for entry in trained if entry.rank is None}
-    parameters = sum(entry.parameters for entry in trained)
+def state_bytes(
+    architecture: Architecture, adapter: AdapterSpec, training: TrainingSpec, dtype: str
+) -> StateBytes:
+    """Count what a run holds.
+
+    Args:
+        architecture: the model as it is loaded.
+        adapter: what is trained.
+        training: the optimizer, and how trained weights and gradients are held.
+        dtype: of the weights.
+    """
+    entries = trained_weights(architecture, adapter)
+    replaced = {entry.weight for entry in entries if entry.rank is None}
+    trained = gradients = optimizer = 0
+    for entry in entries:
+        item = _FLOAT32
+        if entry.rank is None and not training.master_weights and not _is_island(entry.weight):
+            item = _ITEM_BYTES[dtype]
+        trained += item * entry.parameters
+        gradients += (_FLOAT32 if accumulates(training) else item) * entry.parameters
+        optimizer += entry.weight.instances * sum(_optimizer_bytes(size, training) for size in entry.sizes)
     weights = sum(
         weight.count * (_FLOAT32 if _is_island(weight) else _ITEM_BYTES[dtype])
         for weight in inventory(architecture)
         if weight not in replaced
     )
-    one = parameters * _FLOAT32
-    return StateBytes(weights=weights, trained=one, gradients=one, optimizer=2 * one)
+    return StateBytes(weights=weights, trained=trained, gradients=gradients, optimizer=optimizer)
+
+
+def accumulates(training: TrainingSpec) -> bool:
+    """Whether a step may have several micro-batches, so that gradients are added up, in float32."""
+    return training.tokens_per_step is not None
+
+
+def _optimizer_bytes(size: int, training: TrainingSpec) -> int:
+    """What the optimizer keeps of a tensor of so many elements."""
+    if training.optimizer == "sgd":
+        return _FLOAT32 * size if training.momentum else 0
+    if training.optimizer.endswith("8bit") and size >= _SMALL:
+        return 2 * (size + _FLOAT32 * -(-size // _BLOCK))
+    return 2 * _FLOAT32 * size
 
 
 def _is_island(weight: Weight) -> bool:

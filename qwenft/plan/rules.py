@@ -270,11 +270,14 @@ def backend_from_network(draft: Draft) -> Iterator[Finding]:
             yield note(f"attention.{slot.name}", f"runs code from the hub: {slot.backend.remote_code}")
 
 
-def backend_is_kept(draft: Draft) -> Iterator[Finding]:
+def recipe_is_kept(draft: Draft) -> Iterator[Finding]:
     """Say where a run will not hold a recipe that can be loaded."""
-    for slot in draft.slots:
-        if (problem := cannot_be_saved(slot.backend)) is not None:
-            yield note(f"attention.{slot.name}", f"{problem.problem}; the run folder will hold no recipe.json")
+    named: dict[str, Any] = {f"attention.{slot.name}": slot.backend for slot in draft.slots}
+    if not isinstance(draft.training.loss, str):
+        named["training.loss"] = draft.training.loss
+    for place, value in named.items():
+        if (problem := cannot_be_saved(value)) is not None:
+            yield note(place, f"{problem.problem}; the run folder will hold no recipe.json")
 
 
 def lengths_fit(draft: Draft) -> Iterator[Finding]:
@@ -305,12 +308,121 @@ def lengths_fit(draft: Draft) -> Iterator[Finding]:
 
 
 def evaluation(draft: Draft) -> Iterator[Finding]:
-    """Evaluate only what was held out."""
+    """Evaluate only what was held out, and decide nothing by what is never measured."""
+    training = draft.training
     held_out = None if draft.data is None else draft.data.held_out
     if isinstance(held_out, DataSpec) and held_out.held_out is not None:
         yield error("data.held_out", "held-out data hold out some of their own", "leave its .hold_out out")
-    if draft.training.evaluate_every is not None and (draft.data is None or draft.data.held_out is None):
+    if training.patience is not None and training.evaluate_every is None:
+        yield error(
+            "training.patience", "early stopping needs evaluations on the way", "TrainingSpec(evaluate_every=50)"
+        )
+    if held_out is not None:
+        return
+    for field, asked in (("patience", training.patience is not None), ("keep_best", training.keep_best)):
+        if asked:
+            yield error(f"training.{field}", "there is no held-out data to judge by", "data.hold_out(0.05)")
+    if training.evaluate_every is not None and not training.sample_prompts:
         yield error("training.evaluate_every", "there is no held-out data to evaluate", "data.hold_out(0.05)")
+
+
+def optimizer_fields(draft: Draft) -> Iterator[Finding]:
+    """Numbers of an optimizer or a schedule belong to it, and paging needs a GPU to page from."""
+    training = draft.training
+    fields = attrs.fields(type(training))
+    sgd = training.optimizer == "sgd"
+    for name, taken in (("momentum", sgd), ("betas", not sgd), ("epsilon", not sgd)):
+        if not taken and getattr(training, name) != getattr(fields, name).default:
+            other = "adamw" if sgd else "sgd"
+            yield error(
+                f"training.{name}", f'"{training.optimizer}" has no {name}', f'optimizer="{other}", or no {name}'
+            )
+    if training.optimizer.startswith("paged") and draft.machine.device != "cuda":
+        yield blocked(
+            "training.optimizer",
+            f'"{training.optimizer}" pages from a CUDA GPU to the host, and {draft.machine.name} has none',
+            f'optimizer="{training.optimizer.removeprefix("paged_")}"',
+        )
+
+
+def schedule_fields(draft: Draft) -> Iterator[Finding]:
+    """A course of the learning rate that can be followed."""
+    training = draft.training
+    if training.decay_ratio is not None:
+        if training.schedule != "warmup_stable_decay":
+            yield error(
+                "training.decay_ratio",
+                f'"{training.schedule}" has no decay of its own length',
+                'schedule="warmup_stable_decay", or no decay_ratio',
+            )
+        elif training.warmup_ratio + training.decay_ratio > 1:
+            yield error(
+                "training.decay_ratio",
+                f"warmup and decay take {training.warmup_ratio + training.decay_ratio:g} of the steps",
+                "smaller warmup_ratio or decay_ratio",
+            )
+    if training.floor_ratio and training.schedule == "constant":
+        yield error("training.floor_ratio", '"constant" never falls to a floor', 'schedule="cosine"')
+
+
+def learning_rates(draft: Draft) -> Iterator[Finding]:
+    """A learning rate is for something that is trained."""
+    trained = {entry.weight.role for entry in trained_weights(draft.architecture, draft.adapter)}
+    for role, _ in draft.training.learning_rates:
+        if role not in trained:
+            yield error(
+                "training.with_learning_rate", f'"{role}" has a learning rate but is not trained', f'.on("{role}")'
+            )
+    if draft.training.lora_plus_ratio != 1 and draft.adapter.kind != "lora":
+        yield error("training.lora_plus_ratio", "full fine-tuning has no B matrices", "AdapterSpec.lora()")
+
+
+def loss_fields(draft: Draft) -> Iterator[Finding]:
+    """A loss of one's own computes all of itself."""
+    training = draft.training
+    if isinstance(training.loss, str):
+        return
+    for name in ("z_loss", "label_smoothing"):
+        if getattr(training, name):
+            yield error(
+                f"training.{name}",
+                f"{training.loss.__name__}() is not told of it",
+                f"compute it there, or no {name}",
+            )
+
+
+def trained_precision(draft: Draft) -> Iterator[Finding]:
+    """Say how updates reach weights that are stored in 16 bits."""
+    full, half = draft.adapter.kind == "full", draft.model.dtype == "bfloat16"
+    if draft.training.master_weights and not (full and half):
+        reason = "weights are float32 already" if full else "adapters are float32 already"
+        yield error("training.master_weights", reason, "leave master_weights out")
+    elif full and half and not draft.training.master_weights:
+        yield note(
+            "training.master_weights",
+            "weights are trained in bfloat16, and updates rounded stochastically; "
+            "master_weights=True holds them in float32",
+        )
+
+
+def determinism(draft: Draft) -> Iterator[Finding]:
+    """Say where two runs differ in their last bits."""
+    if draft.machine.device == "cpu":
+        return
+    if not draft.training.deterministic:
+        yield note(
+            "training.deterministic",
+            "on CUDA some sums are taken in no fixed order, and two runs differ in their last bits; "
+            "deterministic=True chooses algorithms that repeat, where there are some",
+        )
+        return
+    for slot in draft.slots:
+        if not slot.backend.deterministic:
+            yield error(
+                f"attention.{slot.name}",
+                f"deterministic=True, and {slot.backend!r} promises no equal bits (deterministic = False)",
+                f'.with_attention({slot.name}="auto"), or deterministic=False',
+            )
 
 
 def can_run_here(draft: Draft) -> Iterator[Finding]:
@@ -348,8 +460,14 @@ RULES: tuple[Callable[[Draft], Iterator[Finding]], ...] = (
     backend_chosen,
     backend_differs,
     backend_from_network,
-    backend_is_kept,
+    recipe_is_kept,
     lengths_fit,
+    optimizer_fields,
+    schedule_fields,
+    learning_rates,
+    loss_fields,
+    trained_precision,
+    determinism,
     evaluation,
     can_run_here,
     data_loss,

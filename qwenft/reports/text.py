@@ -28,6 +28,18 @@ def bytes_text(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
+def time_text(seconds: float) -> str:
+    """A time for people.
+
+    Examples:
+        >>> time_text(59.7), time_text(3661), time_text(200_000)
+        ('1:00', '1:01:01', '55:33:20')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Columns as wide as they need to be; those in ``right`` are aligned there."""
     lines = [header, *rows]
@@ -127,4 +139,8 @@ def render_run(run: Run) -> str:
         lines.append(f"loss {steps[0]['loss']:.4f} to {steps[-1]['loss']:.4f}")
     if run.held_out_losses:
         lines.append(f"held out {run.held_out_losses[0][1]:.4f} to {run.held_out_losses[-1][1]:.4f}")
+    if run.ending != "finished":
+        lines.append(f"{run.ending} at step {run.history[-1]['step']:,} of {run.plan.data.steps:,}")
+    if run.ending == "interrupted":
+        lines.append(f'plan.train("{run.folder}") continues from {run.checkpoint}')
     return ", ".join(lines)

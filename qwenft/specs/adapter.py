@@ -6,24 +6,10 @@ from typing import Any
 
 import attrs
 
-from qwenft.errors import SpecError, nearest
 from qwenft.family.roles import ROLES
-from qwenft.specs.base import Check, flag, number, one_of, spec, whole
+from qwenft.specs.base import Check, flag, known_roles, number, one_of, spec, whole
 
 KINDS = ("lora", "full")
-
-
-def _known_roles(roles: tuple[str, ...], method: str) -> tuple[str, ...]:
-    """``roles`` without repetitions, or SpecError for one that the family does not have."""
-    for role in roles:
-        if role not in ROLES:
-            raise SpecError(
-                f"{method}: {role!r} is no role of the family{nearest(str(role), ROLES)}",
-                fix=f"one of {', '.join(ROLES)}",
-                got=role,
-                expected=ROLES,
-            )
-    return tuple(dict.fromkeys(roles))
 
 
 def _are_roles(value: Any) -> bool:
@@ -118,15 +104,15 @@ class AdapterSpec:
 
     def on(self, *roles: str) -> AdapterSpec:
         """Adapt (or, in full fine-tuning, train) these roles and no others."""
-        return attrs.evolve(self, roles=_known_roles(roles, "AdapterSpec.on"))
+        return attrs.evolve(self, roles=known_roles(roles, "AdapterSpec.on"))
 
     def freeze(self, *roles: str) -> AdapterSpec:
         """Leave these roles as they are in full fine-tuning."""
-        return attrs.evolve(self, frozen=_known_roles(roles, "AdapterSpec.freeze"))
+        return attrs.evolve(self, frozen=known_roles(roles, "AdapterSpec.freeze"))
 
     def with_rank(self, **ranks: int) -> AdapterSpec:
         """Give roles ranks of their own: ``.with_rank(routed_experts=4)``."""
-        _known_roles(tuple(ranks), "AdapterSpec.with_rank")
+        known_roles(tuple(ranks), "AdapterSpec.with_rank")
         return attrs.evolve(self, ranks=tuple(sorted({**dict(self.ranks), **ranks}.items())))
 
     def with_target_modules(self, *suffixes: str) -> AdapterSpec:

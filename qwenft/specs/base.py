@@ -8,6 +8,7 @@ import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwenft.errors import SpecError, nearest
+from qwenft.family.roles import ROLES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -146,3 +147,16 @@ def kind_of(cls: type, example: str) -> Check:
     """An instance of ``cls``."""
     article = "an" if cls.__name__[0] in "AEIOU" else "a"
     return Check(lambda v: isinstance(v, cls), f"{article} {cls.__name__}", example)
+
+
+def known_roles(roles: tuple[str, ...], method: str) -> tuple[str, ...]:
+    """``roles`` without repetitions, or SpecError for one that the family does not have."""
+    for role in roles:
+        if role not in ROLES:
+            raise SpecError(
+                f"{method}: {role!r} is no role of the family{nearest(str(role), ROLES)}",
+                fix=f"one of {', '.join(ROLES)}",
+                got=role,
+                expected=ROLES,
+            )
+    return tuple(dict.fromkeys(roles))

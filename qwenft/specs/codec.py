@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import operator
+from collections.abc import Callable
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, TypeVar, get_origin
 
 import attrs
@@ -19,7 +21,7 @@ from qwenft.specs.data import DataSpec
 from qwenft.specs.rows import Rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
 T = TypeVar("T")
@@ -30,8 +32,8 @@ class Codec:
 
     Args:
         folder: where rows that are in memory are written, and read from again; None describes a value without
-            saving it: no rows are written, and a backend that could not be loaded again is not refused.
-        allow_modules: modules outside the package whose backends may be loaded: loading runs their code.
+            saving it: no rows are written, and what could not be loaded again is not refused.
+        allow_modules: modules outside the package whose backends and losses may be loaded: that runs their code.
     """
 
     def __init__(self, folder: Path | None, allow_modules: Sequence[str] = ()) -> None:
@@ -45,8 +47,10 @@ class Codec:
         self.converter.register_structure_hook_factory(attrs.has, self._spec_loader)
         self.converter.register_unstructure_hook(Backend, self._dump_backend)
         self.converter.register_unstructure_hook(Rows, self._dump_rows)
+        self.converter.register_unstructure_hook(FunctionType, self._dump_function)
         self.converter.register_structure_hook(str | AttentionBackend, self._load_backend)
         self.converter.register_structure_hook(str | LinearAttentionBackend, self._load_backend)
+        self.converter.register_structure_hook(str | Callable[..., Any], self._load_loss)
         self.converter.register_structure_hook(tuple[str, ...] | Rows, self._load_source)
         self.converter.register_structure_hook(float | DataSpec | None, self._load_holdout)
 
@@ -75,9 +79,8 @@ class Codec:
         problem = cannot_be_saved(backend)
         if problem is not None and self.folder is not None:
             raise problem
-        cls = type(backend)
         fields = repr(backend) if problem is not None else backend.fields()
-        return {"class": f"{cls.__module__}:{cls.__qualname__}", "fields": fields}
+        return {"class": _place(type(backend)), "fields": fields}
 
     def _load_backend(self, value: Any, _: Any) -> Any:
         if not isinstance(value, dict):
@@ -88,23 +91,41 @@ class Codec:
                 f'a backend: expected a name or {{"class": "module:Class", "fields": {{}}}}, got {value!r}',
                 got=value,
             )
-        module, _, name = place.partition(":")
-        if not any(module == allowed or module.startswith(f"{allowed}.") for allowed in self.allow_modules):
-            raise SpecError(
-                f"the recipe names a backend of the module {module!r}, and loading it would run that module",
-                fix=f'Recipe.load(path, allow_modules=["{module}"])',
-                got=module,
-            )
-        try:
-            cls = operator.attrgetter(name)(importlib.import_module(module))
-        except (ImportError, AttributeError) as error:
-            raise SpecError(f"the recipe names the backend {place}, which cannot be loaded: {error}") from None
+        cls = self._import(place, "backend")
         if not (isinstance(cls, type) and issubclass(cls, Backend)):
             raise SpecError(f"the recipe names {place} as a backend, and it is none", got=place)
         try:
             return cls(**fields)
         except TypeError as error:
             raise SpecError(f"the recipe names the backend {place}, which cannot be made: {error}") from None
+
+    def _dump_function(self, function: FunctionType) -> dict[str, str]:
+        problem = cannot_be_saved(function)
+        if problem is not None and self.folder is not None:
+            raise problem
+        return {"function": _place(function)}
+
+    def _load_loss(self, value: Any, _: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        place = value.get("function")
+        if set(value) != {"function"} or not isinstance(place, str):
+            raise SpecError(f'a loss: expected a name or {{"function": "module:name"}}, got {value!r}', got=value)
+        return self._import(place, "loss")
+
+    def _import(self, place: str, what: str) -> Any:
+        """What stands at ``module:name``, where that module may be run."""
+        module, _, name = place.partition(":")
+        if not any(module == allowed or module.startswith(f"{allowed}.") for allowed in self.allow_modules):
+            raise SpecError(
+                f"the recipe names a {what} of the module {module!r}, and loading it would run that module",
+                fix=f'Recipe.load(path, allow_modules=["{module}"])',
+                got=module,
+            )
+        try:
+            return operator.attrgetter(name)(importlib.import_module(module))
+        except (ImportError, AttributeError) as error:
+            raise SpecError(f"the recipe names the {what} {place}, which cannot be loaded: {error}") from None
 
     def _dump_rows(self, rows: Rows) -> dict[str, str]:
         name = _rows_name(rows)
@@ -149,21 +170,25 @@ class Codec:
         return structure
 
 
-def cannot_be_saved(backend: Backend) -> SpecError | None:
-    """Why a saved recipe could not make this backend again, or None where it can."""
-    cls = type(backend)
-    if cls.__module__ == "__main__":
+def cannot_be_saved(value: Backend | FunctionType) -> SpecError | None:
+    """Why a saved recipe could not find this backend or function again, or None where it can."""
+    named = value if isinstance(value, FunctionType) else type(value)
+    if named.__module__ == "__main__":
         return SpecError(
-            f"{cls.__name__} is defined in __main__ and cannot be found again by a saved recipe",
-            fix="write its cell with %%writefile my_backend.py, then: from my_backend import " + cls.__name__,
-            got=backend,
+            f"{named.__name__} is defined in __main__ and cannot be found again by a saved recipe",
+            fix="write its cell with %%writefile my_module.py, then: from my_module import " + named.__name__,
+            got=value,
         )
-    if "<locals>" in cls.__qualname__:
+    if "<" in named.__qualname__:  # <locals> or <lambda>
         return SpecError(
-            f"{cls.__name__} is defined inside a function and cannot be found again by a saved recipe",
-            fix=f"define {cls.__name__} at the top of {cls.__module__}",
-            got=backend,
+            f"{named.__name__} is defined inside a function and cannot be found again by a saved recipe",
+            fix=f"define {named.__name__} at the top of {named.__module__}",
+            got=value,
         )
+    return None if isinstance(value, FunctionType) else _fields_problem(value)
+
+
+def _fields_problem(backend: Backend) -> SpecError | None:
     fields = backend.fields()
     try:
         plain = json.loads(json.dumps(fields)) == fields
@@ -186,6 +211,10 @@ def write_atomically(path: Path, content: str) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _place(named: Any) -> str:
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def _rows_name(rows: Rows) -> str:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 
+from qwenft.errors import CheckpointError, DataError, NonFiniteError
 from qwenft.models.bind import causal_of, hidden_states
-from qwenft.models.loss import supervised_loss
-from qwenft.training.optim import build_optimizer, build_schedule
+from qwenft.models.loss import supervised_loss, token_scores
+from qwenft.training.checkpoint import read_manifest, read_tensors, require_same, write_checkpoint
+from qwenft.training.determinism import deterministic_algorithms
+from qwenft.training.optim import build_optimizer, build_schedule, optimizer_state, restore_optimizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    import os
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from qwenft.data.corpus import Corpus
     from qwenft.data.stream import Batch, Stream
@@ -42,7 +48,7 @@ class StepResult:
         tokens: supervised ones (the sum of their weights).
         stream_tokens: all of its tokens.
         grad_norm: of all gradients together, before clipping.
-        learning_rate: that it used.
+        learning_rate: that it used, of the first group where roles have their own.
     """
 
     step: int
@@ -51,6 +57,26 @@ class StepResult:
     stream_tokens: int
     grad_norm: float
     learning_rate: float
+
+
+@attrs.frozen
+class Evaluation:
+    """How well supervised tokens are predicted, without label smoothing, z-loss, dropout or noise.
+
+    Args:
+        loss: the mean negative log-likelihood, in nats a token.
+        accuracy: the share of tokens that are the likeliest.
+        tokens: the sum of their weights.
+    """
+
+    loss: float
+    accuracy: float
+    tokens: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 class Prepared:
@@ -62,40 +88,80 @@ class Prepared:
         corpus: the data.
         training: the loop's numbers.
         device: where the model is.
+        role_of: the role of a parameter's name.
+        identity: JSON values of what the result depends on; a checkpoint of another is refused.
 
     Attributes:
-        optimizer: torch's, over the trained parameters.
+        optimizer: over the trained parameters.
         schedule: torch's, one step an optimizer step.
         steps_done: optimizer steps so far.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, corpus: Corpus, training: TrainingSpec, device: str) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        corpus: Corpus,
+        training: TrainingSpec,
+        *,
+        device: str,
+        role_of: Callable[[str], str],
+        identity: Mapping[str, Any],
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.corpus = corpus
         self.training = training
         self.device = device
-        self.optimizer = build_optimizer(model.named_parameters(), training)
+        self.identity = identity
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = build_optimizer(self.trained.items(), training, role_of)
         self.schedule = build_schedule(self.optimizer, training, corpus.report.steps)
         self.steps_done = 0
         if training.activation_checkpointing:
             causal_of(model).activation_checkpointing_enable({"use_reentrant": False})
         self.model.train()
-        # Dropout must not depend on what the process drew before.
+        # Dropout, noise and rounding must not depend on what the process drew before.
         torch.manual_seed(training.seed)
 
-    def batches(self, epoch: int = 0) -> Iterator[list[Batch]]:
-        """The micro-batches of every step of an epoch."""
-        return self.corpus.train.batches(epoch)
+    def batches(self, epoch: int = 0, first: int = 0) -> Iterator[list[Batch]]:
+        """The micro-batches of every step of an epoch, from its step ``first`` on."""
+        return self.corpus.train.batches(epoch, first)
+
+    def remaining(self) -> Iterator[tuple[int, list[Batch]]]:
+        """Epoch and micro-batches of every step that the recipe has left, from where this stands."""
+        epoch, first = self.position
+        left = self.corpus.report.steps - self.steps_done
+        while left > 0:
+            for batches in self.batches(epoch, first):
+                yield epoch, batches
+                left -= 1
+                if left == 0:
+                    return
+            epoch, first = epoch + 1, 0
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Epoch, and step of that epoch, that come next in the recipe's order."""
+        epoch, step = 0, self.steps_done
+        while step >= (steps := len(self.corpus.train.steps(epoch))):
+            epoch, step = epoch + 1, step - steps
+        return epoch, step
 
     def hidden(self, batch: Batch) -> torch.Tensor:
-        """What the output head is given, [T, H]."""
-        return hidden_states(self.model, batch.input_ids, batch.layout)
+        """What the output head is given, [T, H]; with NEFTune's noise while training."""
+        alpha = self.training.neftune_alpha if self.model.training else 0.0
+        return hidden_states(self.model, batch.input_ids, batch.layout, neftune_alpha=alpha)
 
     def loss(self, batch: Batch) -> Loss:
-        """The loss of a micro-batch, with its graph; logits are made for supervised tokens alone."""
+        """The recipe's loss of a micro-batch, with its graph; logits are made for supervised tokens alone."""
         batch = batch.to(self.device)
-        total = supervised_loss(self.hidden(batch), causal_of(self.model).lm_head, batch.labels, batch.weights)
+        hidden, head = self.hidden(batch), causal_of(self.model).lm_head
+        if isinstance(self.training.loss, str):
+            options = {"label_smoothing": self.training.label_smoothing, "z_loss": self.training.z_loss}
+            total = supervised_loss(hidden, head, batch.labels, batch.weights, **options)
+        else:
+            total = self.training.loss(hidden, batch, head)
         return Loss(total, batch.tokens)
 
     def logits(self, batch: Batch) -> torch.Tensor:
@@ -103,22 +169,34 @@ class Prepared:
         return causal_of(self.model).lm_head(self.hidden(batch.to(self.device)))
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
-        """One optimizer step on the mean loss over all supervised tokens of its micro-batches."""
+        """One optimizer step on the mean loss over all supervised tokens of its micro-batches.
+
+        Raises:
+            DataError: no token is supervised.
+            NonFiniteError: the loss or the gradient is not finite; nothing was changed.
+        """
         tokens = sum(batch.tokens for batch in batches)
-        total = 0.0
-        for batch in batches:
-            loss = self.loss(batch).total / tokens
-            loss.backward()
-            total += float(loss.detach())
-        grad_norm = self._clip()
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        self.optimizer.step()
+        if not tokens:
+            raise DataError("no token of this step is trained", fix="batches of prepared.batches()", row=None)
+        with deterministic_algorithms(asked=self.training.deterministic):
+            parts = []
+            for batch in batches:
+                part = self.loss(batch).total / tokens
+                part.backward()
+                parts.append(part.detach())
+            grad_norm = self._clip()
+            losses = torch.stack(parts).tolist()
+            if not all(math.isfinite(value) for value in (*losses, grad_norm)):
+                self.optimizer.zero_grad(set_to_none=True)
+                raise self._not_finite(batches, losses, grad_norm)
+            learning_rate = self.optimizer.param_groups[0]["lr"]
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         self.steps_done += 1
         return StepResult(
             step=self.steps_done,
-            loss=total,
+            loss=sum(losses),
             tokens=tokens,
             stream_tokens=sum(batch.layout.total for batch in batches),
             grad_norm=grad_norm,
@@ -126,19 +204,96 @@ class Prepared:
         )
 
     @torch.no_grad()
-    def evaluate(self, stream: Stream) -> float:
-        """The mean loss over the supervised tokens of a stream, with dropout off."""
+    def evaluate(self, stream: Stream) -> Evaluation:
+        """How well the supervised tokens of a stream are predicted."""
         was_training = self.model.training
         self.model.eval()
-        total = tokens = 0.0
-        for row in stream.rows():
-            loss = self.loss(stream.batch(row))
-            total += float(loss.total)
-            tokens += loss.tokens
+        loss = correct = tokens = 0.0
+        with deterministic_algorithms(asked=self.training.deterministic):
+            for row in stream.rows():
+                batch = stream.batch(row).to(self.device)
+                scores = token_scores(
+                    self.hidden(batch), causal_of(self.model).lm_head, batch.labels, batch.weights
+                )
+                loss, correct, tokens = loss + scores[0], correct + scores[1], tokens + batch.tokens
         self.model.train(was_training)
-        return total / tokens
+        return Evaluation(loss=loss / tokens, accuracy=correct / tokens, tokens=tokens)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write all that :meth:`load` needs to go on to the bit: a new folder, whole or not at all.
+
+        It holds the trained parameters, the optimizer's and the schedule's state, torch's random states and the
+        place in the data; frozen weights stay in the base checkpoint.
+
+        Raises:
+            CheckpointError: the place is taken or cannot be written.
+        """
+        moments, numbers = optimizer_state(self.optimizer, self.trained)
+        random = {"cpu": torch.get_rng_state()}
+        if self.device == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state()
+        epoch, step = self.position
+        values = {
+            "step": self.steps_done,
+            "next": {"epoch": epoch, "step": step},
+            "optimizer": numbers,
+            "schedule": self.schedule.state_dict(),
+            "identity": self.identity,
+        }
+        write_checkpoint(Path(path), {"model": self.trained, "optimizer": moments, "random": random}, values)
+        return Path(path)
+
+    @torch.no_grad()
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Go on from a checkpoint; where it is refused, nothing was changed.
+
+        Raises:
+            CheckpointError: it is damaged, or of another recipe, model or data.
+        """
+        path = Path(path)
+        manifest = read_manifest(path)
+        fix = "the recipe that it was made with, in its manifest.json"
+        require_same(manifest["identity"], self.identity, subject="recipe", fix=fix, path=path)
+        parameters, moments, random = (read_tensors(path, name) for name in ("model", "optimizer", "random"))
+        shapes = [
+            {name: f"{tuple(p.shape)} {p.dtype}" for name, p in held.items()}
+            for held in (parameters, self.trained)
+        ]
+        require_same(*shapes, subject="model", fix="the model that it was made with", path=path)
+        if self.device == "cuda" and "cuda" not in random:
+            raise CheckpointError(f"{path} was made on a CPU and cannot go on to the bit on CUDA", path=path)
+        for name, parameter in self.trained.items():
+            parameter.copy_(parameters[name])
+        restore_optimizer(self.optimizer, self.trained, {**moments, **manifest["optimizer"]})
+        self.schedule.load_state_dict(manifest["schedule"])
+        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
+        torch.set_rng_state(random["cpu"])
+        if self.device == "cuda":
+            torch.cuda.set_rng_state(random["cuda"])
+        self.steps_done = manifest["step"]
 
     def _clip(self) -> float:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        """Scale the gradients down to the limit, and return their norm before."""
+        gradients = [parameter for parameter in self.trained.values() if parameter.grad is not None]
         limit = self.training.max_grad_norm
-        return float(torch.nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit))
+        return float(torch.nn.utils.clip_grad_norm_(gradients, math.inf if limit is None else limit))
+
+    def _not_finite(self, batches: Sequence[Batch], losses: Sequence[float], grad_norm: float) -> NonFiniteError:
+        """The error that names the documents whose own loss is not finite, or those that may have caused it."""
+        rows = [batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)] or batches
+        with torch.no_grad():
+            alone = [(document, self.loss(document)) for batch in rows for document in batch.split()]
+        guilty = [document for document, loss in alone if not math.isfinite(float(loss.total))]
+        documents = [place for document in guilty or rows for place in document.documents]
+        listed = ", ".join(f"{file}, row {row}" for file, row in documents[:8])
+        more = f" and {len(documents) - 8} more" if len(documents) > 8 else ""
+        return NonFiniteError(
+            f"step {self.steps_done + 1}: loss {sum(losses)}, gradient norm {grad_norm}; "
+            f"{'in' if guilty else 'in one of'} {listed}{more}",
+            fix="look at these documents; where they are right, a smaller learning_rate or a longer warmup_ratio",
+            step=self.steps_done + 1,
+            loss=sum(losses),
+            grad_norm=grad_norm,
+            documents=tuple(documents),
+        )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from qwenft.errors import CheckpointError
+from qwenft.specs.codec import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,15 +35,28 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         yield beside
+        for written in sorted(beside.rglob("*")):
+            _flush(written)
+        _flush(beside)
         if path.exists():
             path.rmdir()
         beside.rename(path)
+        _flush(path.parent)
     except CheckpointError:
         raise
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}", path=path) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def require_free(path: Path) -> None:
@@ -56,16 +73,97 @@ def require_free(path: Path) -> None:
         )
 
 
-def claim_run_folder(path: Path, contents: dict[str, Any]) -> Path:
-    """Make a run folder that holds these JSON values, and what it runs on.
+@attrs.frozen
+class RunFolder:
+    """The files of a run: ``plan.json``, ``environment.json``, ``metrics.jsonl``, ``checkpoints/step-N``, results.
 
-    Raises:
-        CheckpointError: the place is taken, or cannot be written.
+    Args:
+        path: of the folder.
     """
-    with new_folder(path) as folder:
-        for name, value in {**contents, "environment.json": environment()}.items():
-            (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
+
+    path: Path
+
+    @classmethod
+    def claim(cls, path: Path, contents: dict[str, Any]) -> RunFolder:
+        """Make the folder of a new run, which holds these JSON values and what it runs on.
+
+        Raises:
+            CheckpointError: the place is taken, or cannot be written.
+        """
+        with new_folder(path) as folder:
+            for name, value in {**contents, "environment.json": environment()}.items():
+                (folder / name).write_text(
+                    json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+                )
+        return cls(path)
+
+    @property
+    def is_claimed(self) -> bool:
+        """Whether a run was begun here."""
+        return (self.path / "plan.json").is_file()
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What the run was begun with.
+
+        Raises:
+            CheckpointError: its file is damaged.
+        """
+        path = self.path / "plan.json"
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}", path=path) from None
+
+    @property
+    def checkpoints(self) -> dict[int, Path]:
+        """Steps and folders of the checkpoints, the earliest first."""
+        found = self.path.glob("checkpoints/step-*")
+        return dict(sorted((int(path.name.removeprefix("step-")), path) for path in found))
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of a step's checkpoint, there or not."""
+        return self.path / "checkpoints" / f"step-{step}"
+
+    def drop_checkpoints(self, *, keep: int, best: int | None) -> None:
+        """Remove all but the newest ``keep`` checkpoints and that of the step ``best``."""
+        checkpoints = self.checkpoints
+        for step in [step for step in list(checkpoints)[:-keep] if step != best]:
+            leaving = checkpoints[step].with_name(f".step-{step}.leaving")
+            checkpoints[step].rename(leaving)  # what is half removed must not look like a checkpoint
+            shutil.rmtree(leaving)
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a step."""
+        return self.path / "metrics.jsonl"
+
+    def append(self, name: str, values: dict[str, Any]) -> None:
+        """Add a line to a file of JSON lines."""
+        with (self.path / name).open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+    def flush(self) -> None:
+        """Wait until the metrics are on the disk: a checkpoint must not outlive its history."""
+        if self.metrics.exists():
+            _flush(self.metrics)
+
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        """Cut the files of JSON lines behind ``step``, and return the metrics up to there.
+
+        A run that was stopped between two checkpoints wrote lines of steps that it is going to repeat.
+        """
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if (self.path / name).exists():
+                kept = [record for record in _whole_lines(self.path / name) if record["step"] <= step]
+                write_atomically(self.path / name, "".join(f"{json.dumps(r, ensure_ascii=False)}\n" for r in kept))
+        return _whole_lines(self.metrics) if self.metrics.exists() else []
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file; a last line that was cut by a crash is none."""
+    lines = path.read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1]]
 
 
 @contextmanager

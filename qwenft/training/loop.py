@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
@@ -11,60 +10,91 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+from qwenft.errors import CheckpointError
+from qwenft.models.generate import answer
+from qwenft.training.interruption import Interruption
 
-    from qwenft.data.stream import Batch
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from qwenft.training.engine import Prepared
+    from qwenft.training.folder import RunFolder
+
+#: How a run can end.
+FINISHED, STOPPED_EARLY, INTERRUPTED = "finished", "stopped early", "interrupted"
+SAVES = 10  # checkpoints of a run whose recipe gives no interval
+
+
+@attrs.frozen
+class Listeners:
+    """Plain functions that a run calls; what they return is not looked at.
+
+    Args:
+        on_step: with the record of each step, after that of its evaluation.
+        on_evaluate: with the record of each evaluation, and its answers under "samples".
+        on_save: with the folder of each checkpoint.
+        on_notice: with a sentence for the user.
+    """
+
+    on_step: Callable[[dict[str, Any]], Any]
+    on_evaluate: Callable[[dict[str, Any]], Any]
+    on_save: Callable[[Any], Any]
+    on_notice: Callable[[str], Any]
 
 
 def train(
-    prepared: Prepared,
-    metrics: Path,
-    *,
-    state_bytes: int,
-    on_step: Callable[[dict[str, Any]], None],
-) -> list[dict[str, Any]]:
-    """Train to the end of the recipe, and write a line of metrics a step.
+    prepared: Prepared, folder: RunFolder, history: list[dict[str, Any]], listeners: Listeners, *, state_bytes: int
+) -> str:
+    """Train to the end of the recipe, from where ``prepared`` stands.
 
     Args:
         prepared: model, optimizer and data.
-        metrics: the file that is appended to; each line is whole.
+        folder: of the run, which gets a line of metrics a step, and checkpoints.
+        history: the records so far, which is continued: `step, epoch, loss, learning_rate, grad_norm, tokens,
+            stream_tokens, ranks, seconds, tokens_per_second, peak_bytes, state_bytes`, and `held_out_loss,
+            held_out_perplexity, held_out_accuracy, evaluation_seconds` where it was evaluated.
+        listeners: who is told.
         state_bytes: of weights, gradients and optimizer, repeated in every record.
-        on_step: called with every record, the one before training (step 0) included.
 
     Returns:
-        The records: `step, epoch, loss, learning_rate, grad_norm, tokens, stream_tokens, ranks, seconds,
-        tokens_per_second, peak_bytes, state_bytes`, and `held_out_loss` where it was measured.
+        How it ended.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be written; those before it are whole.
+        NonFiniteError: a loss or gradient is not finite.
+        KeyboardInterrupt: a second signal came.
     """
-    history: list[dict[str, Any]] = []
+    course = _Course(prepared, folder, history, listeners)
+    if not history and (before := course.evaluation(0)):
+        course.record({"step": 0, **before})
+    with Interruption(listeners.on_notice) as interruption:
+        for epoch, batches in prepared.remaining():
+            if course.is_exhausted():
+                return STOPPED_EARLY
+            started = time.perf_counter()
+            result = prepared.step(batches)
+            seconds = time.perf_counter() - started
+            values = {
+                **attrs.asdict(result),
+                "epoch": epoch,
+                "ranks": 1,
+                "seconds": seconds,
+                "tokens_per_second": result.stream_tokens / seconds,
+                "peak_bytes": peak_bytes(prepared.device),
+                "state_bytes": state_bytes,
+            }
+            course.record({**values, **course.evaluation(result.step)})
+            if interruption.signal or course.is_saved(result.step) or course.is_exhausted():
+                course.save(result.step)
+            if interruption.signal:
+                return INTERRUPTED
+    return STOPPED_EARLY if course.is_exhausted() else FINISHED
 
-    def record(values: dict[str, Any]) -> None:
-        history.append(values)
-        with metrics.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(values) + "\n")
-        on_step(values)
 
-    if prepared.corpus.held_out is not None:
-        record({"step": 0, "held_out_loss": prepared.evaluate(prepared.corpus.held_out)})
-    for epoch, batches in _steps(prepared):
-        started = time.perf_counter()
-        result = prepared.step(batches)
-        seconds = time.perf_counter() - started
-        values = {
-            **attrs.asdict(result),
-            "epoch": epoch,
-            "ranks": 1,
-            "seconds": seconds,
-            "tokens_per_second": result.stream_tokens / seconds,
-            "peak_bytes": peak_bytes(prepared.device),
-            "state_bytes": state_bytes,
-        }
-        if _is_evaluated(prepared, result.step):
-            values["held_out_loss"] = prepared.evaluate(prepared.corpus.held_out)  # type: ignore[arg-type]
-        record(values)
-    return history
+def best_step(history: list[dict[str, Any]]) -> int | None:
+    """The trained step of the lowest held-out loss; None where none was evaluated."""
+    evaluated = [record for record in history if record["step"] and "held_out_loss" in record]
+    return min(evaluated, key=lambda record: record["held_out_loss"])["step"] if evaluated else None
 
 
 def peak_bytes(device: str) -> int:
@@ -75,21 +105,84 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _steps(prepared: Prepared) -> Iterator[tuple[int, list[Batch]]]:
-    """Epoch and micro-batches of every step that is left."""
-    left = prepared.corpus.report.steps
-    epoch = 0
-    while left:
-        for batches in prepared.batches(epoch):
-            yield epoch, batches
-            left -= 1
-            if not left:
-                return
-        epoch += 1
+@attrs.define
+class _Course:
+    """What the loop does between steps."""
+
+    prepared: Prepared
+    folder: RunFolder
+    history: list[dict[str, Any]]
+    listeners: Listeners
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Keep a record, write it, and tell who listens."""
+        samples = values.pop("samples", [])
+        self.history.append(values)
+        self.folder.append("metrics.jsonl", values)
+        for sample in samples:
+            self.folder.append("samples.jsonl", sample)
+        if "evaluation_seconds" in values:
+            self.listeners.on_evaluate({**values, "samples": samples})
+        if "loss" in values:
+            self.listeners.on_step(values)
+
+    def evaluation(self, step: int) -> dict[str, Any]:
+        """What is measured and answered at a step; nothing where it is not due."""
+        training = self.prepared.training
+        if not (step in (0, self.steps) or _is_multiple(step, training.evaluate_every)):
+            return {}
+        started = time.perf_counter()
+        values: dict[str, Any] = {}
+        if self.prepared.corpus.held_out is not None:
+            found = self.prepared.evaluate(self.prepared.corpus.held_out)
+            values = {
+                "held_out_loss": found.loss,
+                "held_out_perplexity": found.perplexity,
+                "held_out_accuracy": found.accuracy,
+            }
+        if training.sample_prompts:
+            values["samples"] = [self._answered(step, prompt) for prompt in training.sample_prompts]
+        return {**values, "evaluation_seconds": time.perf_counter() - started} if values else {}
+
+    def _answered(self, step: int, prompt: str) -> dict[str, Any]:
+        prepared = self.prepared
+        text = answer(prepared.model, prepared.tokenizer, prompt, prepared.training.sample_tokens)
+        return {"step": step, "prompt": prompt, "answer": text}
+
+    def is_saved(self, step: int) -> bool:
+        """Whether a step gets a checkpoint by itself."""
+        training = self.prepared.training
+        if step == self.steps or _is_multiple(step, training.save_every or max(1, self.steps // SAVES)):
+            return True
+        return training.keep_best and best_step(self.history) == step
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint, and remove those that are no longer kept."""
+        training = self.prepared.training
+        self.folder.flush()
+        last = next(reversed(self.folder.checkpoints.values()), None)
+        try:
+            path = self.prepared.save(self.folder.checkpoint(step))
+        except CheckpointError as error:
+            where = "begins anew" if last is None else f"continues from {last}"
+            raise CheckpointError(
+                error.problem, fix=f"room on the disk, then the same train() again: it {where}", path=error.path
+            ) from error
+        best = best_step(self.history) if training.keep_best else None
+        self.folder.drop_checkpoints(keep=training.keep_checkpoints, best=best)
+        self.listeners.on_save(path)
+
+    def is_exhausted(self) -> bool:
+        """Whether the held-out loss has not fallen for as many evaluations as the recipe has patience for."""
+        patience = self.prepared.training.patience
+        losses = [record["held_out_loss"] for record in self.history if "held_out_loss" in record]
+        return patience is not None and len(losses) - 1 - losses.index(min(losses)) >= patience
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return self.prepared.corpus.report.steps
 
 
-def _is_evaluated(prepared: Prepared, step: int) -> bool:
-    if prepared.corpus.held_out is None:
-        return False
-    every = prepared.training.evaluate_every
-    return step == prepared.corpus.report.steps or (every is not None and step % every == 0)
+def _is_multiple(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from qwenft.models.bind import bind, causal_of
 from qwenft.models.load import load_model
 from qwenft.models.lora import add_lora, lora_config
 from qwenft.models.precision import compute_in
 from qwenft.plan.coverage import trained_weights
+from qwenft.plan.records import accumulates
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
     from qwenft.family.architectures import Architecture
     from qwenft.specs.adapter import AdapterSpec
+    from qwenft.specs.training import TrainingSpec
 
 
 def prepare_model(
@@ -23,31 +27,31 @@ def prepare_model(
     loaded: Architecture,
     *,
     adapter: AdapterSpec,
+    training: TrainingSpec,
     backends: Mapping[str, Any],
     dtype: str,
     compute_dtype: str,
     device: str,
     source: str,
-    seed: int,
 ) -> Any:
     """Load, bind, and give a model its adapter or its trained weights, in this order.
 
     Args:
         folder: the checkpoint.
         loaded: the part of its architecture to load.
-        adapter: what is trained; trained parameters are float32.
+        adapter: what is trained.
+        training: how trained weights and their gradients are held, and the seed of the adapter's initial values.
         backends: of the attention slots, by name.
         dtype: in which frozen weights are held.
         compute_dtype: in which the layers compute.
         device: "cpu" or "cuda".
         source: the checkpoint's name in the adapter's files.
-        seed: of the adapter's initial values.
     """
     model = load_model(folder, loaded, dtype=dtype, device=device)
     bind(model, **backends)
     compute_in(model, compute_dtype)
     if adapter.kind == "lora":
-        return add_lora(model, lora_config(loaded, adapter, source), seed=seed)
+        return add_lora(model, lora_config(loaded, adapter, source), seed=training.seed)
     names = {
         name
         for entry in trained_weights(loaded, adapter)
@@ -55,6 +59,9 @@ def prepare_model(
     }
     for name, parameter in causal_of(model).named_parameters():
         parameter.requires_grad_(name in names)
-        if name in names:
+        if name in names and training.master_weights:
             parameter.data = parameter.data.float()
+        if name in names and accumulates(training):
+            # Sums of bfloat16 gradients would lose what the later micro-batches add.
+            parameter.grad_dtype = torch.float32
     return model

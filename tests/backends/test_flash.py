@@ -86,6 +86,7 @@ def attend(arguments):
     cu_seqlens = [arguments.pop("cu_seqlens_q"), arguments.pop("cu_seqlens_k")]
     longest = [arguments.pop("max_seqlen_q"), arguments.pop("max_seqlen_k")]
     scale, causal = arguments.pop("softmax_scale"), arguments.pop("causal")
+    assert arguments.pop("deterministic", False) == torch.are_deterministic_algorithms_enabled()
     assert not arguments
     assert q.dtype in (torch.float16, torch.bfloat16)
     assert all(starts.dtype == torch.int32 and starts.is_contiguous() for starts in cu_seqlens)

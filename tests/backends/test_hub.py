@@ -32,7 +32,7 @@ needs_kernels = pytest.mark.skipif(
 
 
 def flash_attn_func(q, k, v, *, softmax_scale=None, causal=False):
-    """What flash_attn_func computes for [B, L, heads, D], its mask aligned to the bottom right."""
+    """What flash_attn_func computes for [B, L, heads, D], its mask aligned to the bottom right, without more."""
     S, L = q.shape[1], k.shape[1]
     output = functional.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)),
@@ -44,9 +44,20 @@ def flash_attn_func(q, k, v, *, softmax_scale=None, causal=False):
 
 
 def flash_attn_varlen_func(
-    q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False
+    q,
+    k,
+    v,
+    *,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    softmax_scale=None,
+    causal=False,
+    deterministic=False,
 ):
     """What flash_attn_varlen_func computes, with the log-sum-exp beside it as vllm-flash-attn3 returns it."""
+    assert deterministic == torch.are_deterministic_algorithms_enabled()
     assert max_seqlen_q == cu_seqlens_q.diff().max()
     assert max_seqlen_k == cu_seqlens_k.diff().max()
     asked, lengths = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()

@@ -7,6 +7,7 @@ from qwenft.family.roles import default_adapter_roles, roles_of
 from qwenft.plan.coverage import coverage, matches, trained_roles, trained_weights
 from qwenft.plan.records import StateBytes, state_bytes
 from qwenft.specs.adapter import AdapterSpec
+from qwenft.specs.training import TrainingSpec
 
 DENSE = FAMILY["qwen3.5-27b"].text_only()
 EXPERTS = FAMILY["qwen3.5-35b-a3b"].text_only()
@@ -105,13 +106,31 @@ def test_the_state_of_a_lora_counts_by_hand():
         gradients=4 * trained,
         optimizer=8 * trained,
     )
-    assert state_bytes(DENSE, LORA, "bfloat16") == expected
-    assert state_bytes(DENSE, LORA, "bfloat16").total == expected.weights + 16 * trained
-    assert state_bytes(DENSE, LORA, "float32").weights == 4 * held
+    assert state_bytes(DENSE, LORA, TrainingSpec(), "bfloat16") == expected
+    assert state_bytes(DENSE, LORA, TrainingSpec(), "bfloat16").total == expected.weights + 16 * trained
+    assert state_bytes(DENSE, LORA, TrainingSpec(), "float32").weights == 4 * held
 
 
-def test_the_state_of_full_fine_tuning_replaces_the_weights():
-    """A weight that is trained in float32 is not held a second time."""
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (2, 2, 8)),
+        ({"tokens_per_step": 4096}, (2, 4, 8)),
+        ({"master_weights": True}, (4, 4, 8)),
+        ({"optimizer": "sgd"}, (2, 2, 0)),
+        ({"optimizer": "sgd", "momentum": 0.9}, (2, 2, 4)),
+        ({"optimizer": "paged_adamw"}, (2, 2, 8)),
+    ],
+)
+def test_the_state_of_full_fine_tuning_replaces_the_weights(options, expected):
+    """A trained weight is not held a second time: bytes a parameter of weights, gradients and optimizer by hand."""
     held = sum(weight.count for weight in inventory(DENSE))
-    state = state_bytes(DENSE, AdapterSpec.full(), "bfloat16")
-    assert attrs.astuple(state) == (0, 4 * held, 4 * held, 8 * held)
+    gdn = 48 * (2 * DENSE.gdn_value_heads + DENSE.gdn_value_dim)  # A_log, dt_bias and norm are float32 everywhere
+    state = state_bytes(DENSE, AdapterSpec.full(), TrainingSpec(**options), "bfloat16")
+    trained, gradients, optimizer = expected
+    assert attrs.astuple(state) == (
+        0,
+        trained * held + (4 - trained) * gdn,
+        gradients * held + (4 - gradients) * gdn,
+        optimizer * held,
+    )

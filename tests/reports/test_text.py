@@ -125,7 +125,9 @@ def test_a_run_reads_in_a_line(tmp_path):
         {"step": 1, "loss": 4.0},
         {"step": 2, "loss": 2.5, "held_out_loss": 3.0},
     ]
-    run = SimpleNamespace(folder=tmp_path, history=history, held_out_losses=[(0, 5.0), (2, 3.0)])
+    run = SimpleNamespace(
+        folder=tmp_path, history=history, held_out_losses=[(0, 5.0), (2, 3.0)], ending="finished"
+    )
     assert render_run(run) == f"run of 2 steps in {tmp_path}, loss 4.0000 to 2.5000, held out 5.0000 to 3.0000"
-    run = SimpleNamespace(folder=tmp_path, history=[], held_out_losses=[])
+    run = SimpleNamespace(folder=tmp_path, history=[], held_out_losses=[], ending="finished")
     assert render_run(run) == f"run of 0 steps in {tmp_path}"

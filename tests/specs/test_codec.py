@@ -75,7 +75,7 @@ def test_a_backend_of_another_module_is_not_imported_unasked():
 def test_a_backend_that_cannot_be_found_again_is_not_saved(tmp_path):
     """Classes of __main__ and of functions are refused with what to do, and so are fields that JSON lacks."""
     notebook = type("Mine", (Windowed,), {"__module__": "__main__"})
-    message = r"Mine is defined in __main__ .*\n  Fix: .*%%writefile my_backend\.py.*from my_backend import Mine"
+    message = r"Mine is defined in __main__ .*\n  Fix: .*%%writefile my_module\.py.*from my_module import Mine"
     with pytest.raises(SpecError, match=message):
         Codec(tmp_path).dump(AttentionSpec(full=notebook()))
 

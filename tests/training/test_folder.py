@@ -6,7 +6,7 @@ from importlib.metadata import version
 import pytest
 
 from qwenft.errors import CheckpointError
-from qwenft.training.folder import claim_run_folder, environment, new_folder, require_free
+from qwenft.training.folder import RunFolder, environment, new_folder, require_free
 
 
 def everything(folder):
@@ -68,7 +68,7 @@ def test_what_is_there_is_not_overwritten(tmp_path, taken):
     before = everything(tmp_path)
     for attempt in (
         require_free,
-        lambda path: claim_run_folder(path, {}),
+        lambda path: RunFolder.claim(path, {}),
         lambda path: new_folder(path).__enter__(),
     ):
         with pytest.raises(
@@ -91,7 +91,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
     """A run folder below a file is refused."""
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"file/run: cannot be written: Not a directory"):
-        claim_run_folder(tmp_path / "file" / "run", {})
+        RunFolder.claim(tmp_path / "file" / "run", {})
     assert everything(tmp_path) == ["file"]
 
 
@@ -101,7 +101,7 @@ def test_a_folder_without_permission(tmp_path):
     tmp_path.chmod(0o500)
     try:
         with pytest.raises(CheckpointError, match=r"run: cannot be written: Permission denied"):
-            claim_run_folder(tmp_path / "run", {})
+            RunFolder.claim(tmp_path / "run", {})
     finally:
         tmp_path.chmod(0o700)
 
@@ -109,7 +109,7 @@ def test_a_folder_without_permission(tmp_path):
 def test_a_run_folder_says_what_runs_and_on_what(tmp_path):
     """The JSON values lie in it as files, with the versions of what results depend on."""
     values = {"plan.json": {"é": [1, None]}, "recipe.json": {}}
-    folder = claim_run_folder(tmp_path / "run", values)
+    folder = RunFolder.claim(tmp_path / "run", values).path
     assert everything(folder) == ["environment.json", "plan.json", "recipe.json"]
     assert json.loads((folder / "plan.json").read_text(encoding="utf-8")) == values["plan.json"]
     written = json.loads((folder / "environment.json").read_text())
@@ -121,5 +121,5 @@ def test_a_run_folder_says_what_runs_and_on_what(tmp_path):
 def test_a_value_that_is_no_json_leaves_no_folder(tmp_path):
     """A run folder that cannot be filled is not made."""
     with pytest.raises(TypeError):
-        claim_run_folder(tmp_path / "run", {"a.json": {}, "plan.json": object()})
+        RunFolder.claim(tmp_path / "run", {"a.json": {}, "plan.json": object()})
     assert everything(tmp_path) == []

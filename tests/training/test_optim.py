@@ -23,6 +23,11 @@ def run_schedule(optimizer, schedule, steps):
     return taken
 
 
+def role_of(name):
+    """The role of the test's own parameters: their first word."""
+    return name.partition(".")[0]
+
+
 def some_parameter():
     return torch.nn.Parameter(torch.ones(2, 2))
 
@@ -71,7 +76,7 @@ def test_the_schedule_sets_the_rate_of_every_group():
     """The optimizer's groups take the factor times the peak, step by step."""
     training = TrainingSpec(learning_rate=3e-3, warmup_ratio=0.2, weight_decay=0.1)
     parameters = [("a.weight", some_parameter()), ("a.bias", torch.nn.Parameter(torch.ones(2)))]
-    optimizer = build_optimizer(parameters, training)
+    optimizer = build_optimizer(parameters, training, role_of)
     schedule = build_schedule(optimizer, training, steps=10)
     taken = []
     for _ in range(10):
@@ -96,7 +101,7 @@ def test_only_matrices_decay():
     }
     parameters = {name: torch.nn.Parameter(value) for name, value in names.items()}
     parameters["frozen.weight"].requires_grad_(False)
-    optimizer = build_optimizer(parameters.items(), TrainingSpec(weight_decay=0.1, learning_rate=1e-3))
+    optimizer = build_optimizer(parameters.items(), TrainingSpec(weight_decay=0.1, learning_rate=1e-3), role_of)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert {name: decay.get(id(parameter)) for name, parameter in parameters.items()} == {
         "mlp.up_proj.weight": 0.1,
@@ -114,7 +119,9 @@ def test_only_matrices_decay():
 
 def test_a_group_without_parameters_is_left_out():
     """Where nothing is spared, or all is, there is one group."""
-    matrix = build_optimizer([("a.weight", some_parameter())], TrainingSpec())
-    vector = build_optimizer([("a.bias", torch.nn.Parameter(torch.ones(2)))], TrainingSpec(weight_decay=0.5))
+    matrix = build_optimizer([("a.weight", some_parameter())], TrainingSpec(), role_of)
+    vector = build_optimizer(
+        [("a.bias", torch.nn.Parameter(torch.ones(2)))], TrainingSpec(weight_decay=0.5), role_of
+    )
     assert len(matrix.param_groups) == len(vector.param_groups) == 1
     assert vector.param_groups[0]["weight_decay"] == 0.0
