@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import TYPE_CHECKING, Any, Self
 
@@ -68,7 +69,7 @@ class Progress:
 
     def notice(self, sentence: str) -> None:
         """Say something above the line, be it shown or not."""
-        self.bar.write(sentence)
+        self.bar.write(sentence, file=sys.stderr)
 
     def __enter__(self) -> Self:
         return self

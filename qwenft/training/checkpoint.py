@@ -43,10 +43,7 @@ def write_checkpoint(
         files = {}
         for name, held in tensors.items():
             file = folder / f"{name}.safetensors"
-            try:
-                save_file({key: tensor.detach().cpu().contiguous() for key, tensor in held.items()}, file)
-            except SafetensorError as error:  # of an operating system's error it keeps the words alone
-                raise CheckpointError(f"{path}: cannot be written: {error}", path=path) from error
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in held.items()}, file)
             files[file.name] = _describe(file)
         manifest = {"format": FORMAT, **values, "environment": environment(), "files": files}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -61,18 +58,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
     fix = f"remove {path}, and continue from the checkpoint before it"
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(
-                f"{path}: expected a checkpoint of format {FORMAT}, got {manifest['format']!r}",
-                fix="the version of qwenft that wrote it",
-                path=path,
-            )
-        files = dict(manifest["files"])
+        written_as, files = manifest["format"], dict(manifest["files"])
     except OSError as error:
         problem = f"{path} is no checkpoint: {MANIFEST} cannot be read: {error.strerror}"
         raise CheckpointError(problem, path=path) from None
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / MANIFEST}: is damaged: {error!r}", fix=fix, path=path) from None
+    if written_as != FORMAT:
+        raise CheckpointError(
+            f"{path}: expected a checkpoint of format {FORMAT}, got {written_as!r}",
+            fix="the version of qwenft that wrote it",
+            path=path,
+        )
     for name, expected in files.items():
         try:
             found = _describe(path / name)

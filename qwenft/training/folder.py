@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import attrs
+from safetensors import SafetensorError
 
 from qwenft.errors import CheckpointError
 from qwenft.specs.codec import write_atomically
@@ -44,8 +45,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         _flush(path.parent)
     except CheckpointError:
         raise
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}", path=path) from error
+    except (OSError, SafetensorError) as error:  # the latter keeps of a full disk the words alone
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}: cannot be written: {reason}", path=path) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from qwenft.models import loss as module
-from qwenft.models.loss import supervised_loss
+from qwenft.models.loss import supervised_loss, token_scores
 
 
 def _problem(tokens=40, width=16, vocabulary=50, dtype=torch.float32):
@@ -93,3 +93,58 @@ def test_logits_are_made_for_supervised_tokens_alone(monkeypatch):
     )
     supervised_loss(hidden, head, labels)
     assert rows == [int((labels != -100).sum())]
+
+
+@pytest.mark.parametrize("chunk_bytes", [64 * 2**20, 7 * 50 * 4])
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.1, 0.0), (0.0, 1e-2), (0.2, 1e-3)])
+def test_smoothing_and_z_loss_equal_torch_over_all_logits(
+    monkeypatch, chunk_bytes, adapted, label_smoothing, z_loss
+):
+    """With both terms the chunked loss and its gradients are those of torch's cross entropy and of logsumexp."""
+    monkeypatch.setattr(module, "_LOGIT_BYTES", chunk_bytes)
+    hidden, head, labels, weights = _problem()
+    used = torch.nn.Sequential(head) if adapted else head
+    used.out_features = 50
+    options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+    got = supervised_loss(hidden, used, labels, weights, **options)
+    logits = head(hidden)
+    each = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+    wanted = ((each + z_loss * logits.logsumexp(-1) ** 2) * weights)[labels != -100].sum()
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
+    for mine, reference in zip(
+        torch.autograd.grad(2.5 * got, [hidden, head.weight]),
+        torch.autograd.grad(2.5 * wanted, [hidden, head.weight]),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_bytes", [64 * 2**20, 7 * 50 * 4])
+def test_scores_are_those_of_all_logits(monkeypatch, chunk_bytes):
+    """Evaluation adds up what torch's cross entropy and argmax give, over supervised tokens alone, by their weights."""
+    monkeypatch.setattr(module, "_LOGIT_BYTES", chunk_bytes)
+    hidden, head, labels, weights = _problem()
+    with torch.no_grad():
+        labels[:20] = torch.where(labels[:20] == -100, -100, head(hidden[:20]).argmax(-1))
+    loss, correct = token_scores(hidden, head, labels, weights)
+    supervised = labels != -100
+    assert loss == pytest.approx(_reference(hidden, head, labels, weights).item(), rel=1e-6)
+    right = (head(hidden).argmax(-1) == labels) & supervised
+    assert 0 < right.sum() < supervised.sum()
+    assert correct == pytest.approx(weights[right].sum().item(), rel=1e-6)
+    unweighted = token_scores(hidden, head, labels)
+    assert unweighted[1] == right.sum().item()
+
+
+def test_gradients_of_bfloat16_weights_are_added_up_in_float32():
+    """Where a weight's gradient is held in float32, two micro-batches leave the float32 sum, to 1e-6."""
+    hidden, head, labels, weights = _problem()
+    head.to(torch.bfloat16).weight.grad_dtype = torch.float32
+    twin = torch.nn.Linear(16, 50, bias=False)
+    twin.weight.data = head.weight.detach().float()
+    for _ in range(2):
+        supervised_loss(hidden, head, labels, weights).backward()
+        _reference(hidden, twin, labels, weights).backward()
+    assert head.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(head.weight.grad, twin.weight.grad, rtol=1e-5, atol=1e-6)

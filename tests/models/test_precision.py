@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
 
-from qwenft.models.precision import SortedExperts, cast_matmul
+from qwenft.models.precision import CastEmbedding, SortedExperts, cast_matmul
 
 from .helpers import bound, documents, packed_logits, relative
 
@@ -85,3 +85,17 @@ def test_sorted_experts_equal_the_experts_of_transformers():
         results.append([output, *torch.autograd.grad(output.square().sum(), [x, *stock.parameters()])])
     for wanted, got in zip(*results, strict=True):
         assert relative(got, wanted) < 1e-5
+
+
+def test_a_frequent_token_keeps_its_gradient():
+    """2,000 uses of one bfloat16 row add up in the compute dtype; the padding row is spared, as torch spares it."""
+    table = CastEmbedding(8, 4, padding_idx=3, dtype=torch.bfloat16)
+    table.compute_dtype = torch.float32
+    table.weight.grad_dtype = torch.float32
+    ids = torch.cat([torch.full((2000,), 5), torch.tensor([3, 1, 5])])
+    grad = torch.rand(len(ids), 4)
+    assert torch.equal(table(ids), table.weight.detach().float()[ids])
+    table(ids).backward(grad)
+    wanted = torch.zeros(8, 4, dtype=torch.float64).index_add_(0, ids, grad.double())
+    wanted[3] = 0
+    assert relative(table.weight.grad.double(), wanted) < 1e-6

@@ -11,26 +11,7 @@ import torch
 import qwenft as qf
 from qwenft.data.stream import Batch
 
-NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-
-
-def chats(count=20):
-    """Questions with an answer each."""
-    pairs = [(f"What follows {a} and {b}?", f"{b} {a} {b}.") for a in NUMBERS for b in NUMBERS if a != b]
-    return [
-        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-        for question, answer in pairs[:: len(pairs) // count][:count]
-    ]
-
-
-def recipe(checkpoint, **training):
-    """A small recipe in float32."""
-    return qf.Recipe(
-        qf.ModelSpec(checkpoint, dtype="float32"),
-        qf.DataSpec.messages(chats()).with_max_length(128).pack(),
-        qf.AdapterSpec.full(),
-        training=qf.TrainingSpec(**{"learning_rate": 1e-3, **training}),
-    )
+from .helpers import chats, recipe
 
 
 def test_gradients_do_not_depend_on_the_micro_batches(checkpoint):

@@ -1,0 +1,266 @@
+"""A run that was stopped anywhere ends as one that was not: weights, metrics, samples and order of documents, to the
+bit.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import qwenft as qf
+from qwenft.training.engine import Prepared
+from qwenft.training.loop import FINISHED, INTERRUPTED, STOPPED_EARLY
+
+from .helpers import chats, comparable, recipe, weights, written
+
+LORA = qf.AdapterSpec.lora(rank=4, dropout=0.1)
+KINDS = {
+    "lora": {"adapter": LORA, "neftune_alpha": 5.0, "dtype": "bfloat16"},
+    "full": {"held_out": 0.2, "evaluate_every": 2},
+    "full in bfloat16": {"dtype": "bfloat16"},
+    "8-bit": {"optimizer": "adamw_8bit", "dtype": "bfloat16", "tokens_per_step": 256},
+    "sgd with master weights": {
+        "optimizer": "sgd",
+        "momentum": 0.9,
+        "dtype": "bfloat16",
+        "master_weights": True,
+    },
+}
+
+
+@pytest.fixture
+def order(monkeypatch):
+    """The documents of every step, in the order in which they were trained on."""
+    seen = []
+    step = Prepared.step
+
+    def watched(prepared, batches):
+        seen.append([batch.documents for batch in batches])
+        return step(prepared, batches)
+
+    monkeypatch.setattr(Prepared, "step", watched)
+    return seen
+
+
+def interrupt(_record):
+    """What Ctrl-C does."""
+    signal.raise_signal(signal.SIGINT)
+
+
+def assert_same(run, wanted):
+    """Two runs have the same weights and records, in memory and on disk."""
+    assert comparable(run.history) == comparable(wanted.history)
+    assert written(run.folder) == run.history
+    for name, weight in weights(wanted).items():
+        assert torch.equal(weights(run)[name], weight), name
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "unpacked"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_is_interrupted_at_every_step(dense_checkpoint, tmp_path, order, kind, packed):
+    """Ended after each step of two epochs, and continued each time, a run is the uninterrupted one."""
+    plan = recipe(dense_checkpoint, epochs=2, packed=packed, **KINDS[kind]).compile()
+    whole = plan.train(tmp_path / "whole", progress=False)
+    in_order = list(order)
+    order.clear()
+    assert whole.ending == FINISHED
+    steps = plan.data.steps
+    assert plan.data.steps_per_epoch < steps
+    for step in range(1, steps):
+        if not packed and 4 < step < steps - 4 and step != plan.data.steps_per_epoch:
+            continue
+        stop_at = step
+
+        def stop(record, stop_at=stop_at):
+            if record["step"] == stop_at:
+                interrupt(record)
+
+        run = plan.train(tmp_path / "parts", progress=False, on_step=stop)
+        assert run.ending == INTERRUPTED
+        assert run.history[-1]["step"] == step
+        assert run.checkpoint == tmp_path / "parts" / "checkpoints" / f"step-{step}"
+    run = plan.train(tmp_path / "parts", progress=False)
+    assert run.ending == FINISHED
+    assert order == in_order
+    assert_same(run, whole)
+    for name in ("adapter", "model"):
+        for file in (tmp_path / "whole").glob(f"{name}/*.safetensors"):
+            assert (tmp_path / "parts" / name / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 7])
+def test_a_run_that_crashes_between_checkpoints(dense_checkpoint, tmp_path, step):
+    """A crash after any step is continued from the checkpoint before it, and what was written since is repeated."""
+
+    def crash(record):
+        if record["step"] == step:
+            msg = "a cable was pulled"
+            raise RuntimeError(msg)
+
+    plan = recipe(dense_checkpoint, max_steps=8, save_every=3, held_out=0.2, evaluate_every=2).compile()
+    whole = plan.train(tmp_path / "whole", progress=False)
+    with pytest.raises(RuntimeError, match="a cable was pulled"):
+        plan.train(tmp_path / "parts", progress=False, on_step=crash)
+    assert written(tmp_path / "parts")[-1]["step"] == step
+    assert_same(plan.train(tmp_path / "parts", "must" if step > 3 else "auto", progress=False), whole)
+
+
+def test_a_run_that_has_ended_is_returned_as_it_was(dense_checkpoint, tmp_path):
+    """train() on a finished run trains nothing, and returns its weights and records; results that are lost return."""
+    plan = recipe(dense_checkpoint, max_steps=3, held_out=0.2).compile()
+    whole = plan.train(tmp_path / "run", progress=False)
+    before = weights(whole)
+    shutil.rmtree(tmp_path / "run" / "model")
+    steps = []
+    again = plan.train(tmp_path / "run", progress=False, on_step=steps.append)
+    assert steps == []
+    assert again.ending == FINISHED
+    assert again.history == whole.history
+    assert all(torch.equal(weights(again)[name], weight) for name, weight in before.items())
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_a_run_that_stopped_early_is_over(dense_checkpoint, tmp_path):
+    """Continued, a run whose patience has ended trains nothing more."""
+    plan = recipe(
+        dense_checkpoint, max_steps=9, held_out=0.2, evaluate_every=1, patience=2, learning_rate=3.0
+    ).compile()
+    run = plan.train(tmp_path / "run", progress=False)
+    assert run.ending == STOPPED_EARLY
+    again = plan.train(tmp_path / "run", progress=False)
+    assert again.ending == STOPPED_EARLY
+    assert again.history == run.history
+
+
+def test_a_script_saves_and_loads_in_its_own_loop(dense_checkpoint, tmp_path):
+    """A loop of one's own goes on from a checkpoint with what is left of the recipe, as train() does."""
+    plan = recipe(dense_checkpoint, epochs=2, adapter=LORA).compile()
+    whole = plan.train(tmp_path / "whole", progress=False)
+    prepared = plan.prepare()
+    for _, batches in prepared.remaining():
+        if prepared.step(batches).step == 4:
+            prepared.save(tmp_path / "checkpoint")
+            break
+    torch.manual_seed(99)
+    later = plan.prepare()
+    later.load(tmp_path / "checkpoint")
+    losses = [later.step(batches).loss for _, batches in later.remaining()]
+    assert losses == [record["loss"] for record in whole.history[4:]]
+    for wanted, got in zip(whole.prepared.model.parameters(), later.model.parameters(), strict=True):
+        assert torch.equal(wanted, got)
+
+
+def test_how_often_it_is_saved_may_change(dense_checkpoint, tmp_path):
+    """A run goes on with other intervals and another number of checkpoints; its recipe.json says the new ones."""
+    asked = recipe(dense_checkpoint, max_steps=4, save_every=1, keep_checkpoints=3)
+    asked.compile().train(tmp_path / "run", progress=False, on_step=lambda r: r["step"] == 2 and interrupt(r))
+    changed = asked.with_training(save_every=4, keep_checkpoints=1)
+    changed.compile().train(tmp_path / "run", "must", progress=False)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-4"]
+    assert qf.Recipe.load(tmp_path / "run" / "recipe.json") == changed
+
+
+@pytest.mark.parametrize("begun", ["with a checkpoint", "without one"])
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (
+            lambda r: r.with_training(learning_rate=5e-4),
+            r"recipe\.training\.learning_rate: 0\.001 there, 0\.0005 here",
+        ),
+        (lambda r: r.with_model(dtype="bfloat16"), r"recipe\.model\.dtype: 'float32' there, 'bfloat16' here"),
+        (lambda r: r.with_attention(full="eager"), r"recipe\.attention\.full: 'auto' there, 'eager' here"),
+        (
+            lambda r: r.with_data(source=chats(19)),
+            r"data\.rows in memory: '20 documents, [\d,]+ tokens, sha256 \w+' there, '19 documents",
+        ),
+    ],
+    ids=["rate", "dtype", "backend", "data"],
+)
+def test_another_recipe_is_refused_with_the_difference(dense_checkpoint, tmp_path, begun, change, difference):
+    """What was trained with something else is neither continued nor touched, and each difference is told."""
+    asked = recipe(dense_checkpoint, max_steps=3)
+
+    def stop(record):
+        if begun == "with a checkpoint":
+            interrupt(record)
+        else:
+            raise InterruptedError
+
+    try:
+        asked.compile().train(tmp_path / "run", progress=False, on_step=stop)
+    except InterruptedError:
+        assert begun == "without one"
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    other = change(asked).compile()
+    with pytest.raises(
+        qf.CheckpointError, match=rf"run is of another recipe:\n(.*\n)*     {difference}"
+    ) as caught:
+        other.train(tmp_path / "run", progress=False)
+    assert caught.value.differences
+    assert "run-2" in caught.value.fix
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    if begun == "with a checkpoint":
+        with pytest.raises(qf.CheckpointError, match=difference):
+            other.prepare().load(tmp_path / "run" / "checkpoints" / "step-1")
+
+
+def test_other_weights_under_the_same_name_are_refused(dense_checkpoint, moe_checkpoint, tmp_path):
+    """A base whose files were replaced since is told, and so is a checkpoint of another model."""
+    base = tmp_path / "base"
+    shutil.copytree(dense_checkpoint, base)
+    plan = recipe(base, max_steps=2, adapter=LORA).compile()
+    plan.train(tmp_path / "run", progress=False, on_step=interrupt)
+    content = bytearray((base / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (base / "model.safetensors").write_bytes(content)
+    with pytest.raises(qf.CheckpointError, match=r"weights\.model\.safetensors: '[\d,]+ bytes, sha256"):
+        recipe(base, max_steps=2, adapter=LORA).compile().train(tmp_path / "run", progress=False)
+    prepared = recipe(moe_checkpoint, max_steps=2, adapter=LORA).compile().prepare()
+    with pytest.raises(
+        qf.CheckpointError, match=r"recipe\.model\.source: .*/base' there, .*moe.*/checkpoint' here"
+    ):
+        prepared.load(tmp_path / "run" / "checkpoints" / "step-1")
+
+
+def test_resume_says_what_may_be_continued(dense_checkpoint, tmp_path):
+    """Asked for "must" it refuses to begin anew, for "never" to continue; another word is no word of it."""
+    plan = recipe(dense_checkpoint, max_steps=2).compile()
+    with pytest.raises(
+        qf.CheckpointError, match=r'run holds no checkpoint to continue from\n  Fix: resume="auto"'
+    ):
+        plan.train(tmp_path / "run", "must", progress=False)
+    assert not (tmp_path / "run").exists()
+    plan.train(tmp_path / "run", "never", progress=False, on_step=interrupt)
+    with pytest.raises(qf.CheckpointError, match="run exists already, and is not overwritten"):
+        plan.train(tmp_path / "run", "never", progress=False)
+    assert plan.train(tmp_path / "run", "must", progress=False).ending == FINISHED
+    with pytest.raises(qf.SpecError, match=r"train\(resume='atuo'\): .*did you mean 'auto'"):
+        plan.train(tmp_path / "run", "atuo", progress=False)
+
+
+def test_a_killed_process_is_continued(dense_checkpoint, tmp_path):
+    """After SIGKILL in the middle the same command goes on from the last checkpoint, and ends as if nothing were."""
+    asked = recipe(dense_checkpoint, max_steps=30, save_every=1)
+    whole = asked.compile().train(tmp_path / "whole", progress=False)
+    asked.save(tmp_path / "recipe.json")
+    command = [sys.executable, "-m", "qwenft", "train", str(tmp_path / "recipe.json"), "--run-dir", "parts"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 100
+    while not list((tmp_path / "parts").glob("checkpoints/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert len(written(tmp_path / "parts")) < 30
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
+    run = asked.compile().train(tmp_path / "parts", "must", progress=False)
+    assert_same(run, whole)
