@@ -22,7 +22,11 @@ class EventFile:
     """
 
     def __init__(self, folder: Path, steps_done: int) -> None:
-        self.writer = SummaryWriter(str(folder), purge_step=steps_done + 1 if steps_done else None)
+        self.writer = SummaryWriter(
+            str(folder),
+            purge_step=steps_done + 1 if steps_done else None,
+            filename_suffix=f".{steps_done}",  # a run that is continued within a second keeps the file before
+        )
 
     def step(self, record: dict[str, Any]) -> None:
         """Write the numbers of a step."""
