@@ -13,12 +13,13 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True, dest="command")
     train = commands.add_parser("train", help="train a saved recipe")
     train.add_argument("recipe", help="a file written by recipe.save")
-    train.add_argument("--run-dir", required=True, help="a new folder for the run")
+    train.add_argument("--run-dir", required=True, help="the folder of the run, new or to go on with")
+    train.add_argument("--resume", default="auto", choices=("auto", "must", "never"), help="go on with a run")
     train.add_argument("--allow-module", action="append", default=[], help="a module whose backends may be loaded")
     chosen = parser.parse_args(arguments)
     plan = Recipe.load(chosen.recipe, allow_modules=chosen.allow_module).compile()
     print(plan.explain())
-    print(plan.train(chosen.run_dir))
+    print(plan.train(chosen.run_dir, chosen.resume))
 
 
 if __name__ == "__main__":

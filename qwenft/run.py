@@ -167,7 +167,7 @@ def _begin(plan: TrainingPlan, path: Path, resume: str) -> tuple[RunFolder, Prep
     plan.require_runnable()
     if continues:
         fix = f'the recipe of the run, Recipe.load("{path}/recipe.json"), or another folder, "{path}-2" say'
-        require_same(folder.plan["identity"], plan.identity, subject="recipe", fix=fix, path=path)
+        require_same(folder.identity, plan.identity, subject="recipe", fix=fix, path=path)
     _ = plan.data
     plan.verify()
     with ExitStack() as stack:

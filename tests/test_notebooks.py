@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client.manager import start_new_kernel
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
@@ -16,3 +18,36 @@ def test_notebook_runs_as_it_stands(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert any(cell.get("outputs") for cell in notebook.cells)
+
+
+LONG_RUN = """
+import qwenft as qf
+checkpoint = qf.testing.tiny_checkpoint("tiny")
+chats = [{"messages": [{"role": "user", "content": str(n)}, {"role": "assistant", "content": "Yes."}]} for n in range(9)]
+recipe = qf.Recipe(
+    qf.ModelSpec(checkpoint, dtype="float32"),
+    qf.DataSpec.messages(chats).with_max_length(64),
+    training=qf.TrainingSpec(max_steps=100_000),
+)
+run = recipe.compile().train("run", progress=False)
+"""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_interrupted_cell_returns_a_run(tmp_path):
+    """The stop button ends the run after its step: the cell has no error, and the run is there and says how it goes on."""
+    manager, client = start_new_kernel(cwd=str(tmp_path))
+    try:
+        client.execute(LONG_RUN)
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        manager.interrupt_kernel()
+        assert client.get_shell_msg(timeout=60)["content"]["status"] == "ok"
+        reply = client.execute("", user_expressions={"run": "repr(run)"}, reply=True, timeout=60)
+        text = reply["content"]["user_expressions"]["run"]["data"]["text/plain"]
+        assert "interrupted at step" in text
+        assert "continues from run/checkpoints/step-" in text
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)

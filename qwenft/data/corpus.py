@@ -72,9 +72,9 @@ def read_corpus(data: DataSpec, training: TrainingSpec, encoder: ChatEncoder) ->
         untrained=counts.untrained,
         stream_rows=len(rows),
         fill=tokens / (len(rows) * data.capacity),
-        steps_per_epoch=len(train.steps()),
+        steps_per_epoch=train.step_count(),
         # Epochs see other rows, and may need a step more or less.
-        steps=training.max_steps or sum(len(train.steps(epoch)) for epoch in range(training.epochs or 1)),
+        steps=training.max_steps or sum(train.step_count(epoch) for epoch in range(training.epochs or 1)),
         held_out=len(held_out),
         held_out_supervised=sum(document.supervised for document in held_out),
     )

@@ -108,6 +108,7 @@ class Stream:
         self.packed = packed
         self.tokens_per_step = tokens_per_step
         self.seed = seed
+        self._counts: dict[int, int] = {}
 
     def rows(self, epoch: int = 0) -> list[list[int]]:
         """The document indices of every row of an epoch, in the order of training."""
@@ -130,6 +131,12 @@ class Stream:
             steps[-1].append(row)
             room -= tokens
         return steps
+
+    def step_count(self, epoch: int = 0) -> int:
+        """How many steps an epoch has; packed once for it."""
+        if epoch not in self._counts:
+            self._counts[epoch] = len(self.steps(epoch))
+        return self._counts[epoch]
 
     def batches(self, epoch: int = 0, first: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of every step of an epoch, from its step ``first`` on."""

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
     from qwenft.plan.records import StateBytes
     from qwenft.run import Run
+    from qwenft.specs.training import TrainingSpec
     from qwenft.training_plan import TrainingPlan
 
 _LEVELS = {"error": "error", "blocked": "blocked here", "note": "note"}
@@ -83,8 +84,26 @@ def facts(plan: TrainingPlan) -> list[tuple[str, str]]:
         ("trained", f"{method}: {plan.trained_parameters:,} parameters {place} {held:,}"),
         ("attention", ", ".join(f"{slot.name} = {slot.backend.name}" for slot in draft.slots)),
         ("data", data_text(plan)),
+        ("training", training_text(recipe.training)),
         ("state", state_text(plan.state)),
     ]
+
+
+def training_text(training: TrainingSpec) -> str:
+    """Optimizer, learning rates and what is added to plain cross entropy, in a sentence."""
+    loss = "" if isinstance(training.loss, str) else f"; loss {training.loss.__name__}()"
+    rates = "".join(f", {role} {rate:g}" for role, rate in training.learning_rates)
+    extras = (
+        ("LoRA+ ratio", training.lora_plus_ratio if training.lora_plus_ratio != 1 else 0),
+        ("NEFTune alpha", training.neftune_alpha),
+        ("label smoothing", training.label_smoothing),
+        ("z-loss", training.z_loss),
+        ("weight decay", training.weight_decay),
+        ("gradients clipped at", training.max_grad_norm or 0),
+    )
+    listed = "".join(f"; {name} {value:g}" for name, value in extras if value)
+    course = f"learning rate {training.learning_rate:g}{rates} ({training.schedule})"
+    return f"{training.optimizer}, {course}{listed}{loss}"
 
 
 def state_text(state: StateBytes) -> str:

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import attrs
 import torch
 
 from qwenft.errors import CheckpointError, DataError, NonFiniteError
@@ -15,6 +14,7 @@ from qwenft.models.loss import supervised_loss, token_scores
 from qwenft.training.checkpoint import read_manifest, read_tensors, require_same, write_checkpoint
 from qwenft.training.determinism import deterministic_algorithms
 from qwenft.training.optim import build_optimizer, build_schedule, optimizer_state, restore_optimizer
+from qwenft.training.results import Evaluation, Loss, StepResult
 
 if TYPE_CHECKING:
     import os
@@ -23,60 +23,6 @@ if TYPE_CHECKING:
     from qwenft.data.corpus import Corpus
     from qwenft.data.stream import Batch, Stream
     from qwenft.specs.training import TrainingSpec
-
-
-@attrs.frozen(eq=False)
-class Loss:
-    """The loss of a micro-batch.
-
-    Args:
-        total: the weighted sum over its supervised tokens, a scalar with its graph.
-        tokens: the sum of their weights.
-    """
-
-    total: torch.Tensor
-    tokens: float
-
-
-@attrs.frozen
-class StepResult:
-    """What a step did.
-
-    Args:
-        step: its number, from 1.
-        loss: the mean over its supervised tokens.
-        tokens: supervised ones (the sum of their weights).
-        stream_tokens: all of its tokens.
-        grad_norm: of all gradients together, before clipping.
-        learning_rate: that it used, of the first group where roles have their own.
-    """
-
-    step: int
-    loss: float
-    tokens: float
-    stream_tokens: int
-    grad_norm: float
-    learning_rate: float
-
-
-@attrs.frozen
-class Evaluation:
-    """How well supervised tokens are predicted, without label smoothing, z-loss, dropout or noise.
-
-    Args:
-        loss: the mean negative log-likelihood, in nats a token.
-        accuracy: the share of tokens that are the likeliest.
-        tokens: the sum of their weights.
-    """
-
-    loss: float
-    accuracy: float
-    tokens: float
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss); infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 class Prepared:
@@ -144,7 +90,7 @@ class Prepared:
     def position(self) -> tuple[int, int]:
         """Epoch, and step of that epoch, that come next in the recipe's order."""
         epoch, step = 0, self.steps_done
-        while step >= (steps := len(self.corpus.train.steps(epoch))):
+        while step >= (steps := self.corpus.train.step_count(epoch)):
             epoch, step = epoch + 1, step - steps
         return epoch, step
 
@@ -189,7 +135,7 @@ class Prepared:
             if not all(math.isfinite(value) for value in (*losses, grad_norm)):
                 self.optimizer.zero_grad(set_to_none=True)
                 raise self._not_finite(batches, losses, grad_norm)
-            learning_rate = self.optimizer.param_groups[0]["lr"]
+            learning_rate = self._learning_rate()
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
@@ -272,6 +218,11 @@ class Prepared:
         if self.device == "cuda":
             torch.cuda.set_rng_state(random["cuda"])
         self.steps_done = manifest["step"]
+
+    def _learning_rate(self) -> float:
+        groups, peak = self.optimizer.param_groups, self.training.learning_rate
+        common = next((group for group in groups if group["initial_lr"] == peak), groups[0])
+        return float(common["lr"])
 
     def _clip(self) -> float:
         """Scale the gradients down to the limit, and return their norm before."""

@@ -105,17 +105,17 @@ class RunFolder:
         return (self.path / "plan.json").is_file()
 
     @property
-    def plan(self) -> dict[str, Any]:
-        """What the run was begun with.
+    def identity(self) -> dict[str, Any]:
+        """What the run was begun with: all that its result depends on.
 
         Raises:
-            CheckpointError: its file is damaged.
+            CheckpointError: the file that says so is damaged, or is no plan of a run.
         """
         path = self.path / "plan.json"
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}", path=path) from None
+            return dict(json.loads(path.read_text(encoding="utf-8"))["identity"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is no plan of a run: {error!r}", path=path) from None
 
     @property
     def checkpoints(self) -> dict[int, Path]:
@@ -153,12 +153,16 @@ class RunFolder:
     def rewind(self, step: int) -> list[dict[str, Any]]:
         """Cut the files of JSON lines behind ``step``, and return the metrics up to there.
 
-        A run that was stopped between two checkpoints wrote lines of steps that it is going to repeat.
+        A run that was stopped between two checkpoints wrote lines of steps that it is going to repeat; what it
+        left half written is removed.
         """
+        for unfinished in self.path.glob("checkpoints/.*"):
+            shutil.rmtree(unfinished)
         for name in ("metrics.jsonl", "samples.jsonl"):
             if (self.path / name).exists():
                 kept = [record for record in _whole_lines(self.path / name) if record["step"] <= step]
                 write_atomically(self.path / name, "".join(f"{json.dumps(r, ensure_ascii=False)}\n" for r in kept))
+        self.flush()
         return _whole_lines(self.metrics) if self.metrics.exists() else []
 
 

@@ -86,7 +86,7 @@ def train(
             course.record({**values, **course.evaluation(result.step)})
             if interruption.signal or course.is_saved(result.step) or course.is_exhausted():
                 course.save(result.step)
-            if interruption.signal:
+            if interruption.signal and result.step < course.steps:
                 return INTERRUPTED
     return STOPPED_EARLY if course.is_exhausted() else FINISHED
 

@@ -6,10 +6,11 @@ import pytest
 from qwenft.family.architectures import FAMILY
 from qwenft.machine import Machine
 from qwenft.recipe import Recipe
-from qwenft.reports.text import bytes_text, render_run, table
+from qwenft.reports.text import bytes_text, render_run, table, training_text
 from qwenft.specs.adapter import AdapterSpec
 from qwenft.specs.data import DataSpec
 from qwenft.specs.model import ModelSpec
+from qwenft.specs.training import TrainingSpec
 from qwenft.testing import train_tokenizer
 
 GPU = Machine.named("8xH100-80GB")
@@ -66,6 +67,7 @@ def test_a_plan_says_what_it_is_for():
     chosen = plan.draft.backends
     assert lines["attention"] == f"full = {chosen['full'].name}, linear = {chosen['linear'].name}"
     assert lines["data"] == "not yet computed (plan.data tokenises them)"
+    assert lines["training"] == "adamw, learning rate 0.0002 (cosine); gradients clipped at 1"
     assert lines["state"].startswith(f"{bytes_text(plan.state.total)}: frozen weights ")
     for row in plan.coverage:
         assert f"{row.role} " in text
@@ -131,3 +133,25 @@ def test_a_run_reads_in_a_line(tmp_path):
     assert render_run(run) == f"run of 2 steps in {tmp_path}, loss 4.0000 to 2.5000, held out 5.0000 to 3.0000"
     run = SimpleNamespace(folder=tmp_path, history=[], held_out_losses=[], ending="finished")
     assert render_run(run) == f"run of 0 steps in {tmp_path}"
+
+
+def test_the_training_is_told_with_all_that_differs():
+    """Rates of roles, LoRA+, noise, smoothing, z-loss, decay, clipping and a loss of one's own are in one line."""
+
+    def my_loss(hidden, batch, head):
+        return head(hidden).sum() * batch.tokens
+
+    training = TrainingSpec(
+        optimizer="adamw_8bit",
+        schedule="warmup_stable_decay",
+        lora_plus_ratio=16.0,
+        neftune_alpha=5.0,
+        weight_decay=0.01,
+        max_grad_norm=None,
+        loss=my_loss,
+    ).with_learning_rate(mlp=1e-5)
+    assert training_text(training) == (
+        "adamw_8bit, learning rate 0.0002, mlp 1e-05 (warmup_stable_decay); LoRA+ ratio 16; NEFTune alpha 5; "
+        "weight decay 0.01; loss my_loss()"
+    )
+    assert "label smoothing 0.1; z-loss 0.0001" in training_text(TrainingSpec(label_smoothing=0.1, z_loss=1e-4))

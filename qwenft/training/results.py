@@ -1,0 +1,65 @@
+"""What a loss, a step and an evaluation come to."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import attrs
+
+if TYPE_CHECKING:
+    import torch
+
+
+@attrs.frozen(eq=False)
+class Loss:
+    """The loss of a micro-batch.
+
+    Args:
+        total: the weighted sum over its supervised tokens, a scalar with its graph.
+        tokens: the sum of their weights.
+    """
+
+    total: torch.Tensor
+    tokens: float
+
+
+@attrs.frozen
+class StepResult:
+    """What a step did.
+
+    Args:
+        step: its number, from 1.
+        loss: the mean over its supervised tokens.
+        tokens: supervised ones (the sum of their weights).
+        stream_tokens: all of its tokens.
+        grad_norm: of all gradients together, before clipping.
+        learning_rate: that it used, where a role has none of its own.
+    """
+
+    step: int
+    loss: float
+    tokens: float
+    stream_tokens: int
+    grad_norm: float
+    learning_rate: float
+
+
+@attrs.frozen
+class Evaluation:
+    """How well supervised tokens are predicted, without label smoothing, z-loss, dropout or noise.
+
+    Args:
+        loss: the mean negative log-likelihood, in nats a token.
+        accuracy: the share of tokens that are the likeliest.
+        tokens: the sum of their weights.
+    """
+
+    loss: float
+    accuracy: float
+    tokens: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
