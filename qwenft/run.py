@@ -59,6 +59,13 @@ class Run:
         return [(record["step"], record["held_out_loss"]) for record in self.history if "held_out_loss" in record]
 
     @property
+    def best_step(self) -> int | None:
+        """With ``keep_best`` the step of the lowest held-out loss, whose weights the run ends with."""
+        from qwenft.training.loop import best_step
+
+        return best_step(self.history) if self.plan.recipe.training.keep_best else None
+
+    @property
     def samples(self) -> list[dict[str, Any]]:
         """``step``, ``prompt`` and ``answer`` of every sample prompt at every evaluation."""
         path = self.folder / "samples.jsonl"
@@ -142,9 +149,9 @@ def train(
             on_notice=shown.notice,
         )
         ending = loop.train(prepared, folder, history, listeners, state_bytes=plan.state.total)
-    if ending != loop.INTERRUPTED:
-        _leave_results(plan, folder, prepared, history)
     run = Run(path, plan, prepared, history, ending)
+    if ending != loop.INTERRUPTED:
+        _leave_results(run)
     if on_end is not None:
         on_end(run)
     return run
@@ -182,19 +189,17 @@ def _begin(plan: TrainingPlan, path: Path, resume: str) -> tuple[RunFolder, Prep
     return folder, prepared, folder.rewind(prepared.steps_done)
 
 
-def _leave_results(
-    plan: TrainingPlan, folder: RunFolder, prepared: Prepared, history: list[dict[str, Any]]
-) -> None:
+def _leave_results(run: Run) -> None:
     """Write the adapter or the trained model, of the best step where it is kept."""
-    from qwenft.training.loop import best_step
+    from qwenft.training.folder import RunFolder
 
-    best = best_step(history) if plan.recipe.training.keep_best else None
-    if best is not None and best != prepared.steps_done:
-        prepared.load(folder.checkpoint(best))
+    best = run.best_step
+    if best is not None and best != run.prepared.steps_done:
+        run.prepared.load(RunFolder(run.folder).checkpoint(best))
     try:
-        plan.leave_results(prepared.model, folder.path)
+        run.plan.leave_results(run.prepared.model, run.folder)
     except CheckpointError as error:
-        fix = f"room on the disk, then the same train() again: every step is in {folder.path}/checkpoints"
+        fix = f"room on the disk, then the same train() again: every step is in {run.folder}/checkpoints"
         raise CheckpointError(error.problem, fix=fix, path=error.path) from error
 
 

@@ -86,6 +86,7 @@ def facts(plan: TrainingPlan) -> list[tuple[str, str]]:
         ("data", data_text(plan)),
         ("training", training_text(recipe.training)),
         ("state", state_text(plan.state)),
+        ("disk", disk_text(plan)),
     ]
 
 
@@ -116,6 +117,14 @@ def state_text(state: StateBytes) -> str:
     )
     listed = ", ".join(f"{name} {bytes_text(count)}" for name, count in parts)
     return f"{bytes_text(state.total)}: {listed}; activations come on top"
+
+
+def disk_text(plan: TrainingPlan) -> str:
+    """What the checkpoints of a run take."""
+    training, one = plan.recipe.training, plan.state.trained + plan.state.optimizer
+    interval = "every tenth of the run" if training.save_every is None else f"every {training.save_every:,} steps"
+    kept = training.keep_checkpoints + (training.keep_best and 1)
+    return f"a checkpoint of {bytes_text(one)} {interval}, {kept} kept: {bytes_text(kept * one)}"
 
 
 def data_text(plan: TrainingPlan) -> str:
@@ -158,6 +167,8 @@ def render_run(run: Run) -> str:
         lines.append(f"loss {steps[0]['loss']:.4f} to {steps[-1]['loss']:.4f}")
     if run.held_out_losses:
         lines.append(f"held out {run.held_out_losses[0][1]:.4f} to {run.held_out_losses[-1][1]:.4f}")
+    if run.best_step is not None and run.ending != "interrupted":
+        lines.append(f"with the weights of step {run.best_step:,}, the best")
     if run.ending != "finished":
         lines.append(f"{run.ending} at step {run.history[-1]['step']:,} of {run.plan.data.steps:,}")
     if run.ending == "interrupted":

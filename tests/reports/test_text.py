@@ -68,6 +68,11 @@ def test_a_plan_says_what_it_is_for():
     assert lines["attention"] == f"full = {chosen['full'].name}, linear = {chosen['linear'].name}"
     assert lines["data"] == "not yet computed (plan.data tokenises them)"
     assert lines["training"] == "adamw, learning rate 0.0002 (cosine); gradients clipped at 1"
+    one = plan.state.trained + plan.state.optimizer
+    kept = f"2 kept: {bytes_text(2 * one)}"
+    assert lines["disk"] == f"a checkpoint of {bytes_text(one)} every tenth of the run, {kept}"
+    best = recipe.with_training(keep_best=True, save_every=500).compile(GPU, strict=False).explain()
+    assert f"every 500 steps, 3 kept: {bytes_text(3 * one)}" in best
     assert lines["state"].startswith(f"{bytes_text(plan.state.total)}: frozen weights ")
     for row in plan.coverage:
         assert f"{row.role} " in text
@@ -128,10 +133,12 @@ def test_a_run_reads_in_a_line(tmp_path):
         {"step": 2, "loss": 2.5, "held_out_loss": 3.0},
     ]
     run = SimpleNamespace(
-        folder=tmp_path, history=history, held_out_losses=[(0, 5.0), (2, 3.0)], ending="finished"
+        folder=tmp_path, history=history, held_out_losses=[(0, 5.0), (2, 3.0)], ending="finished", best_step=None
     )
     assert render_run(run) == f"run of 2 steps in {tmp_path}, loss 4.0000 to 2.5000, held out 5.0000 to 3.0000"
-    run = SimpleNamespace(folder=tmp_path, history=[], held_out_losses=[], ending="finished")
+    run.best_step = 1
+    assert render_run(run).endswith("3.0000, with the weights of step 1, the best")
+    run = SimpleNamespace(folder=tmp_path, history=[], held_out_losses=[], ending="finished", best_step=None)
     assert render_run(run) == f"run of 0 steps in {tmp_path}"
 
 

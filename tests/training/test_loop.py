@@ -14,7 +14,7 @@ import torch
 import qwenft as qf
 from qwenft.training.engine import Prepared
 from qwenft.training.interruption import Interruption
-from qwenft.training.loop import FINISHED, INTERRUPTED, STOPPED_EARLY, best_step
+from qwenft.training.loop import FINISHED, INTERRUPTED, STOPPED_EARLY
 
 from .helpers import chats, comparable, recipe, weights, written
 
@@ -96,7 +96,7 @@ def test_the_best_step_is_kept_and_ends_the_run(dense_checkpoint, tmp_path):
     options = {"held_out": 0.3, "evaluate_every": 1, "learning_rate": 0.1, "schedule": "constant", "max_steps": 8}
     plan = recipe(dense_checkpoint, keep_best=True, keep_checkpoints=1, **options).compile()
     run = plan.train(tmp_path / "run", progress=False)
-    best = best_step(run.history)
+    best = run.best_step
     losses = {record["step"]: record["held_out_loss"] for record in evaluated(run)[1:]}
     assert losses[best] == min(losses.values())
     assert 1 <= best < 8

@@ -157,6 +157,18 @@ def test_a_script_saves_and_loads_in_its_own_loop(dense_checkpoint, tmp_path):
         assert torch.equal(wanted, got)
 
 
+def test_what_a_killed_save_left_is_removed(dense_checkpoint, tmp_path):
+    """A checkpoint that was half written, or half removed, is no checkpoint, and is gone once the run goes on."""
+    plan = recipe(dense_checkpoint, max_steps=3, save_every=1).compile()
+    plan.train(tmp_path / "run", progress=False, on_step=interrupt)
+    for name in (".step-2.writing", ".step-0.leaving"):
+        (tmp_path / "run" / "checkpoints" / name).mkdir()
+        (tmp_path / "run" / "checkpoints" / name / "model.safetensors").write_bytes(b"half")
+    run = plan.train(tmp_path / "run", "must", progress=False)
+    assert run.ending == FINISHED
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-2", "step-3"}
+
+
 def test_how_often_it_is_saved_may_change(dense_checkpoint, tmp_path):
     """A run goes on with other intervals and another number of checkpoints; its recipe.json says the new ones."""
     asked = recipe(dense_checkpoint, max_steps=4, save_every=1, keep_checkpoints=3)
