@@ -18,6 +18,9 @@ def test_notebook_runs_as_it_stands(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert any(cell.get("outputs") for cell in notebook.cells)
+    for cell in notebook.cells:
+        if "plot()" in cell.source or "subplots" in cell.source:
+            assert any("image/png" in output.get("data", {}) for output in cell.outputs)
 
 
 LONG_RUN = """

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from typing import Any
+
+from matplotlib.figure import Figure
+
+
+class NotebookFigure(Figure):  # type: ignore[misc]
+    """A figure that belongs to no window, and that a notebook shows whether or not it has set pyplot up."""
+
+    def _repr_png_(self) -> bytes:
+        content = BytesIO()
+        self.savefig(content, format="png")
+        return content.getvalue()
 
 
 def plot_loss(history: list[dict[str, Any]]) -> Any:
     """Training loss of every step, and held-out loss where it was measured.
 
     Returns:
-        A matplotlib figure that belongs to no window.
+        A matplotlib figure.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    figure = NotebookFigure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     steps = [record for record in history if "loss" in record]
     held_out = [record for record in history if "held_out_loss" in record]

@@ -113,11 +113,17 @@ class _Course:
     folder: RunFolder
     history: list[dict[str, Any]]
     listeners: Listeners
+    evaluated: list[dict[str, Any]] = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.evaluated = [record for record in self.history if "held_out_loss" in record]
 
     def record(self, values: dict[str, Any]) -> None:
         """Keep a record, write it, and tell who listens."""
         samples = values.pop("samples", [])
         self.history.append(values)
+        if "held_out_loss" in values:
+            self.evaluated.append(values)
         self.folder.append("metrics.jsonl", values)
         for sample in samples:
             self.folder.append("samples.jsonl", sample)
@@ -154,7 +160,7 @@ class _Course:
         training = self.prepared.training
         if step == self.steps or _is_multiple(step, training.save_every or max(1, self.steps // SAVES)):
             return True
-        return training.keep_best and best_step(self.history) == step
+        return training.keep_best and best_step(self.evaluated) == step
 
     def save(self, step: int) -> None:
         """Write a checkpoint, and remove those that are no longer kept."""
@@ -168,14 +174,14 @@ class _Course:
             raise CheckpointError(
                 error.problem, fix=f"room on the disk, then the same train() again: it {where}", path=error.path
             ) from error
-        best = best_step(self.history) if training.keep_best else None
+        best = best_step(self.evaluated) if training.keep_best else None
         self.folder.drop_checkpoints(keep=training.keep_checkpoints, best=best)
         self.listeners.on_save(path)
 
     def is_exhausted(self) -> bool:
         """Whether the held-out loss has not fallen for as many evaluations as the recipe has patience for."""
         patience = self.prepared.training.patience
-        losses = [record["held_out_loss"] for record in self.history if "held_out_loss" in record]
+        losses = [record["held_out_loss"] for record in self.evaluated]
         return patience is not None and len(losses) - 1 - losses.index(min(losses)) >= patience
 
     @property

@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 import qwenft as qf
@@ -50,6 +51,16 @@ def test_a_checkpoint_is_safetensors_and_a_manifest(saved):
     moments = load_file(path / "optimizer.safetensors")
     assert len(moments) == 3 * len(trained)
     assert {name.rpartition(":")[2] for name in moments} == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_torchs_distributed_checkpoint_reads_it(saved):
+    """The format is one that torch.distributed.checkpoint loads, and so can reshard, without a pickle."""
+    _, path = saved
+    wanted = {**load_file(path / "model.safetensors"), **load_file(path / "optimizer.safetensors")}
+    found = {name: torch.full_like(tensor, -1) for name, tensor in wanted.items()}
+    dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(path), no_dist=True)
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
 def test_a_place_that_is_taken_is_refused(saved):
