@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
@@ -42,4 +43,5 @@ class Interruption:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
-        self.notice(f"{self.signal}: ending after this step with a checkpoint; once more ends at once")
+        with suppress(RuntimeError):  # where the signal cut into a write to the very stream
+            self.notice(f"{self.signal}: ending after this step with a checkpoint; once more ends at once")
