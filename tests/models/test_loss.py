@@ -85,14 +85,52 @@ def test_logits_are_made_for_supervised_tokens_alone(monkeypatch):
     """No matrix product with the head has more rows than there are supervised tokens."""
     hidden, head, labels, _ = _problem()
     rows = []
-    original = torch.Tensor.logsumexp
-    monkeypatch.setattr(
-        torch.Tensor,
-        "logsumexp",
-        lambda self, *a, **k: (rows.append(self.shape[0]), original(self, *a, **k))[1],
-    )
+    original = module._logits
+    monkeypatch.setattr(module, "_logits", lambda x, *rest: (rows.append(len(x)), original(x, *rest))[1])
     supervised_loss(hidden, head, labels)
     assert rows == [int((labels != -100).sum())]
+
+
+@pytest.mark.parametrize("block_bytes", [16 * 2**20, 7 * 16 * 4])
+@pytest.mark.parametrize("trains_head", [True, False])
+def test_a_bfloat16_head_is_upcast_some_words_at_a_time(monkeypatch, block_bytes, trains_head):
+    """Under float32 hidden states a bfloat16 head gives what its float32 copy gives, whatever the blocks; none of its
+    casts is larger than a block.
+    """
+    monkeypatch.setattr(module, "_CAST_BYTES", block_bytes)
+    hidden, head, labels, weights = _problem()
+    head.to(torch.bfloat16).weight.requires_grad_(trains_head)
+    head.weight.grad_dtype = torch.float32
+    wide = torch.nn.Linear(16, 50, bias=False)
+    wide.weight.data = head.weight.detach().float()
+    wide.weight.requires_grad_(trains_head)
+    casts = []
+    original = module._blocks
+    monkeypatch.setattr(
+        module, "_blocks", lambda *a: (casts.append(block[1].nbytes) or block for block in original(*a))
+    )
+    got = supervised_loss(hidden, head, labels, weights)
+    wanted = _reference(hidden, wide, labels, weights)
+    assert max(casts) <= max(block_bytes, 64)
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
+    gradients = []
+    for total, weight in ((got, head.weight), (wanted, wide.weight)):
+        total.backward()
+        gradients.append((hidden.grad.clone(), weight.grad))
+        hidden.grad = None
+    torch.testing.assert_close(gradients[0][0], gradients[1][0])
+    if trains_head:
+        torch.testing.assert_close(gradients[0][1], gradients[1][1], rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_hidden_states_have_a_float32_loss():
+    """Products are made in bfloat16, and all that is made of logits in float32."""
+    hidden, head, labels, weights = _problem(dtype=torch.bfloat16)
+    got = supervised_loss(hidden, head, labels, weights)
+    logits = (hidden @ head.weight.T).float()
+    each = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, (each * weights).sum(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("chunk_bytes", [64 * 2**20, 7 * 50 * 4])
