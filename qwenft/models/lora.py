@@ -10,6 +10,8 @@ import torch
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from qwenft.kernels.lora import lora_product
+from qwenft.models.precision import CastLinear
 from qwenft.plan.coverage import trained_weights
 
 if TYPE_CHECKING:
@@ -20,6 +22,44 @@ if TYPE_CHECKING:
 
 _TEXT_ALONE = "base_model.model.model."
 _IN_VISION_LANGUAGE = "base_model.model.model.language_model."
+
+
+class LoraLinear(peft.tuners.lora.Linear):
+    """peft's own layer, whose plain case, one adapter beside a frozen Linear, is one node of the graph.
+
+    DoRA, dropout, several active adapters, merged or disabled ones, quantized bases and modules with hooks go
+    through peft's own forward.
+    """
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """[..., I] to [..., O]."""
+        adapter = None if args or kwargs else self._plain_adapter()
+        if adapter is None:
+            return super().forward(x, *args, **kwargs)
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        return lora_product(x, self.base_layer.weight, a, b, self.scaling[adapter])
+
+    def _plain_adapter(self) -> str | None:
+        """The active adapter, where it is all that this layer is asked for."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or len(active) != 1 or active[0] in self.lora_variant:
+            return None
+        name = active[0]
+        drops = self.training and not isinstance(self.lora_dropout[name], torch.nn.Identity)
+        linears = (self.base_layer, self.lora_A[name], self.lora_B[name])
+        is_plain = not drops and not self.base_layer.weight.requires_grad and all(map(_is_plain, linears))
+        return name if is_plain else None
+
+
+def _is_plain(linear: Any) -> bool:
+    """Whether a Linear is its weight alone, so that nobody would notice that it is not called."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return (
+        type(linear) in (torch.nn.Linear, CastLinear)
+        and linear.bias is None
+        and linear.weight.shape == (linear.out_features, linear.in_features)
+        and not any(getattr(linear, kind) for kind in kinds)
+    )
 
 
 def lora_config(loaded: Architecture, adapter: AdapterSpec, source: str) -> peft.LoraConfig:
@@ -63,7 +103,11 @@ def add_lora(model: Any, config: peft.LoraConfig, *, seed: int) -> Any:
         # peft 0.21 asks transformers 5.23 by the older of two names.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         torch.manual_seed(seed)
-        return peft.get_peft_model(model, config)
+        adapted = peft.get_peft_model(model, config)
+    for module in adapted.modules():
+        if type(module) is peft.tuners.lora.Linear:
+            module.__class__ = LoraLinear
+    return adapted
 
 
 def base_name(parameter: str) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qwenft.models.bind import bind, causal_of
+from qwenft.models.elementwise import fuse_elementwise
 from qwenft.models.load import load_model
 from qwenft.models.lora import add_lora, lora_config
 from qwenft.models.precision import compute_in
@@ -49,6 +50,7 @@ def prepare_model(
     """
     model = load_model(folder, loaded, dtype=dtype, device=device)
     bind(model, **backends)
+    fuse_elementwise(model)
     compute_in(model, compute_dtype)
     if adapter.kind == "lora":
         return add_lora(model, lora_config(loaded, adapter, source), seed=training.seed)

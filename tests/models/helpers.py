@@ -10,6 +10,7 @@ from qwenft.data.stream import Batch
 from qwenft.kernels.layout import SequenceLayout
 from qwenft.models.bind import bind, hidden_states
 from qwenft.models.checkpoint import architecture_of
+from qwenft.models.elementwise import fuse_elementwise
 from qwenft.models.load import load_model
 from qwenft.models.precision import compute_in
 from qwenft.specs.model import ModelSpec
@@ -21,7 +22,7 @@ def bound(checkpoint, *, full="sdpa", linear="torch", dtype="float32", compute="
     """The text half of a checkpoint, bound and in evaluation mode."""
     model = load_model(checkpoint, architecture_of(ModelSpec(checkpoint)).text_only(), dtype=dtype)
     bind(model, full=backends.full(full), linear=backends.linear(linear))
-    return compute_in(model, compute).eval()
+    return compute_in(fuse_elementwise(model), compute).eval()
 
 
 def documents(lengths=LENGTHS, *, vocabulary=500, seed=0):
