@@ -19,9 +19,10 @@ from qwenft.machine import Machine
 from qwenft.models.checkpoint import architecture_of, checkpoint_folder, has_weights
 from qwenft.plan.choice import Choice, choose
 from qwenft.plan.coverage import CoverageRow, coverage, trained_weights
+from qwenft.plan.draft import Draft, Slot
 from qwenft.plan.findings import LEVELS, Finding, error
 from qwenft.plan.records import DataReport, StateBytes, state_bytes
-from qwenft.plan.rules import Draft, Slot, check
+from qwenft.plan.rules import check
 from qwenft.specs.codec import Codec, cannot_be_saved
 from qwenft.specs.data import DataSpec
 

@@ -64,6 +64,9 @@ class HubAttention(AttentionBackend):
     #: recipe alone can never say it.
     trusted: bool = False
 
+    #: Known of flash-attention alone; a subclass may know better.
+    deterministic: bool = False
+
     def __init__(self, name: str, *, revision: str | None = None) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII):
             raise SpecError(
@@ -83,6 +86,7 @@ class HubAttention(AttentionBackend):
         self._name = name
         self.revision = revision
         self.needs_half_precision = type(self).needs_half_precision or name in KNOWN
+        self.deterministic = type(self).deterministic or name in KNOWN
         self.remote_code = f"{name}@{revision}"
 
     @classmethod
@@ -111,11 +115,6 @@ class HubAttention(AttentionBackend):
     @property
     def uses_flash_lib(self) -> bool:
         """Whether it is a build of flash-attention."""
-        return self.name in KNOWN
-
-    @property
-    def deterministic(self) -> bool:  # type: ignore[override]
-        """Whether it can repeat its backward to the bit: known of flash-attention alone."""
         return self.name in KNOWN
 
     def availability(self, machine: Machine) -> Availability:

@@ -79,7 +79,7 @@ _ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 # A_log, dt_bias and the GDN norm are float32 in every checkpoint and stay so.
 _ISLANDS = ("A_log", "dt_bias")
 # bitsandbytes 0.50, optim/optimizer.py: smaller tensors keep float32 moments; others a byte each, and for either
-# moment a float32 maximum a block and a map of 256 float32 values that all of them share.
+# moment a float32 maximum a block. Two maps of 1 KiB that all tensors share are not counted.
 _SMALL = 4096
 _BLOCK = 256
 

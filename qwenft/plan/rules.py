@@ -20,75 +20,7 @@ from qwenft.specs.data import DataSpec
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from qwenft.capabilities import Backend
-    from qwenft.family.architectures import Architecture
-    from qwenft.machine import Machine
-    from qwenft.plan.choice import Choice
-    from qwenft.specs.adapter import AdapterSpec
-    from qwenft.specs.attention import AttentionSpec
-    from qwenft.specs.model import ModelSpec
-    from qwenft.specs.training import TrainingSpec
-
-
-@attrs.frozen
-class Slot:
-    """An attention slot of a draft.
-
-    Args:
-        name: "full", "linear", or "vision" where the tower is loaded.
-        choice: the backend, and what "auto" passed over.
-        automatic: "auto" chose it.
-        problem: what the layers ask of it.
-    """
-
-    name: str
-    choice: Choice[Any]
-    automatic: bool
-    problem: Any
-
-    @property
-    def backend(self) -> Backend:
-        """The backend of the slot."""
-        backend: Backend = self.choice.backend
-        return backend
-
-
-@attrs.frozen
-class Draft:
-    """A recipe with everything that a rule may look at.
-
-    Args:
-        model: what is asked of the checkpoint.
-        data: the data, or None.
-        adapter: what is trained.
-        attention: the backends that are asked for.
-        training: the loop.
-        checkpoint: the architecture of the whole checkpoint.
-        architecture: the part of it that is loaded.
-        has_weights: the source names a folder or hub id, and not an architecture alone.
-        machine: what the plan is for.
-        here: the machine is this one.
-        compute_dtype: in which the layers compute.
-        slots: the attention slots.
-    """
-
-    model: ModelSpec
-    data: DataSpec | None
-    adapter: AdapterSpec
-    attention: AttentionSpec
-    training: TrainingSpec
-    checkpoint: Architecture
-    architecture: Architecture
-    has_weights: bool
-    machine: Machine
-    here: bool
-    compute_dtype: str
-    slots: tuple[Slot, ...]
-
-    @property
-    def backends(self) -> dict[str, Any]:
-        """The backend of each slot."""
-        return {slot.name: slot.backend for slot in self.slots}
+    from qwenft.plan.draft import Draft
 
 
 def vision_tower(draft: Draft) -> Iterator[Finding]:

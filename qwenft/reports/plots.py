@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 
-class NotebookFigure(Figure):  # type: ignore[misc]
+class NotebookFigure(Figure):  # type: ignore[misc] # matplotlib has no types here
     """A figure that belongs to no window, and that a notebook shows whether or not it has set pyplot up."""
 
     def _repr_png_(self) -> bytes:
