@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qwenft.kernels.layout import SequenceLayout
 
 # Of one block on a CPU; some five arrays of this size are in use at a time.
-BLOCK_BYTES = 1 << 19
+BLOCK_BYTES = 1 << 21
 
 
 def short_conv(
@@ -115,15 +115,17 @@ class _ShortConv(torch.autograd.Function):
         taps, cast_bias = weight.to(dtype).T.contiguous(), None if bias is None else bias.to(dtype)
         grad_x = torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
         grad_leads = None if leads is None else torch.zeros_like(leads, dtype=dtype)
+        wants_weight = ctx.needs_input_grad[3]  # a frozen one, as beside LoRA, is half of the work
         grad_taps, grad_bias = torch.zeros_like(taps), torch.zeros_like(taps[0])
         for block in ctx.blocks:
             padded = block.pad(x, leads, dtype)
             grad = block.spread(grad_result, dtype)
             if ctx.activation == "silu":
                 grad = torch.ops.aten.silu_backward(grad, _convolve(padded, taps, cast_bias))
-            grad_taps += torch.stack(
-                [(grad * padded[shift : shift + len(grad)]).sum(0) for shift in range(len(taps))]
-            )
+            if wants_weight:
+                grad_taps += torch.stack(
+                    [(grad * padded[shift : shift + len(grad)]).sum(0) for shift in range(len(taps))]
+                )
             if bias is not None:
                 grad_bias += grad.sum(0)
             # A block inside a document adds into the stream in place, another through its own padded rows.
@@ -138,7 +140,7 @@ class _ShortConv(torch.autograd.Function):
             None,
             None,
             grad_x.to(x.dtype),
-            grad_taps.T.to(weight.dtype),
+            grad_taps.T.to(weight.dtype) if wants_weight else None,
             None if bias is None else grad_bias.to(bias.dtype),
             None if grad_leads is None else grad_leads.to(leads.dtype),
         )

@@ -32,15 +32,53 @@ class _BoundAttention:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         return self._on_stream(hidden_states[0], kwargs["position_embeddings"], layout)[None], None
 
-    def _on_stream(self: Any, x_TC: torch.Tensor, rotary: tuple[torch.Tensor, ...], layout: Any) -> torch.Tensor:
+    def _on_stream(
+        self: Any,
+        x_TC: torch.Tensor,
+        rotary: tuple[torch.Tensor, ...],
+        layout: Any,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The layer's output for all T tokens, or for S ``wanted`` ones, which ask all the others."""
         tokens = x_TC.shape[0]
-        query_THD, gate_THD = self.q_proj(x_TC).view(tokens, -1, 2 * self.head_dim).chunk(2, dim=-1)
+        asking_SC = x_TC if wanted is None else x_TC[wanted]
+        query_SHD, gate_SHD = self.q_proj(asking_SC).view(len(asking_SC), -1, 2 * self.head_dim).chunk(2, dim=-1)
+        query_SHD = self.q_norm(query_SHD)
         key_TGD = self.k_norm(self.k_proj(x_TC).view(tokens, -1, self.head_dim))
         value_TGD = self.v_proj(x_TC).view(tokens, -1, self.head_dim)
+        # Backends attend from every token: those that nobody wants ask with zeros.
+        query_THD = query_SHD if wanted is None else _scattered(query_SHD, wanted, tokens)
         cos_TR, sin_TR = (table[0] for table in rotary)
-        query_THD, key_TGD = dense.apply_rotary_pos_emb(self.q_norm(query_THD), key_TGD, cos_TR, sin_TR)
+        query_THD, key_TGD = dense.apply_rotary_pos_emb(query_THD, key_TGD, cos_TR, sin_TR)
         mixed_THD = self.qwenft_backend.attend(query_THD, key_TGD, value_TGD, layout=layout, scale=self.scaling)
-        return self.o_proj((mixed_THD * gate_THD.sigmoid()).reshape(tokens, -1))
+        mixed_SHD = mixed_THD if wanted is None else mixed_THD[wanted]
+        return self.o_proj((mixed_SHD * gate_SHD.sigmoid()).flatten(1))
+
+
+def _scattered(x: torch.Tensor, places: torch.Tensor, length: int) -> torch.Tensor:
+    """[S, ...] at their places of [length, ...] zeros."""
+    return x.new_zeros(length, *x.shape[1:]).index_copy(0, places, x)
+
+
+class _BoundLastLayer:
+    """The last decoder layer, of which only the ``wanted`` tokens go on, where some are named.
+
+    Their attention sees all tokens; the query, the output gate, the output projection and the MLP or the experts
+    are computed for them alone.
+    """
+
+    def forward(
+        self: Any, hidden_states: torch.Tensor, *args: Any, wanted: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        if wanted is None:
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        x_TC, layout = self.input_layernorm(hidden_states)[0], kwargs["layout"]
+        if self.block_type == "full_attention":
+            mixed_SC = self.self_attn._on_stream(x_TC, kwargs["position_embeddings"], layout, wanted)  # noqa: SLF001
+        else:
+            mixed_SC = self.linear_attn(x_TC[None], layout=layout)[0][wanted]
+        mixed = hidden_states[:, wanted] + mixed_SC[None]
+        return mixed + self.mlp(self.post_attention_layernorm(mixed))
 
 
 class _BoundGatedDeltaNet:
@@ -193,6 +231,14 @@ class BoundMoeAttention(_BoundAttention, moe.Qwen3_5MoeAttention):
     """Full attention of a mixture of experts, bound."""
 
 
+class BoundLastLayer(_BoundLastLayer, dense.Qwen3_5DecoderLayer):
+    """The last layer of a dense model, bound."""
+
+
+class BoundMoeLastLayer(_BoundLastLayer, moe.Qwen3_5MoeDecoderLayer):
+    """The last layer of a mixture of experts, bound."""
+
+
 class BoundGatedDeltaNet(_BoundGatedDeltaNet, dense.Qwen3_5GatedDeltaNet):
     """Gated DeltaNet of a dense model, bound."""
 
@@ -221,6 +267,10 @@ _FULL: dict[type, Any] = {dense.Qwen3_5Attention: BoundAttention, moe.Qwen3_5Moe
 _LINEAR: dict[type, Any] = {
     dense.Qwen3_5GatedDeltaNet: BoundGatedDeltaNet,
     moe.Qwen3_5MoeGatedDeltaNet: BoundMoeGatedDeltaNet,
+}
+_LAST: dict[type, Any] = {
+    dense.Qwen3_5DecoderLayer: BoundLastLayer,
+    moe.Qwen3_5MoeDecoderLayer: BoundMoeLastLayer,
 }
 _VISION: dict[type, Any] = {
     dense.Qwen3_5VisionAttention: BoundVisionAttention,
@@ -251,6 +301,9 @@ def bind(
             if backend is not None and type(module) in (*bound_classes, *bound_classes.values()):
                 module.__class__ = bound_classes.get(type(module), type(module))
                 module.qwenft_backend = backend
+        if isinstance(module, dense.Qwen3_5TextModel | moe.Qwen3_5MoeTextModel):
+            last = module.layers[-1]
+            last.__class__ = _LAST.get(type(last), type(last))
     return model
 
 
@@ -266,21 +319,30 @@ def causal_of(model: Any) -> Any:
 
 
 def hidden_states(
-    model: Any, input_ids: torch.Tensor, layout: SequenceLayout, *, neftune_alpha: float = 0.0
+    model: Any,
+    input_ids: torch.Tensor,
+    layout: SequenceLayout,
+    *,
+    wanted: torch.Tensor | None = None,
+    neftune_alpha: float = 0.0,
 ) -> torch.Tensor:
-    """What the output head would be given, for every token of a flat stream.
+    """What the output head would be given, for every token of a flat stream or for some of them.
 
     Args:
         model: bound.
         input_ids: [T].
         layout: where its documents begin.
+        wanted: [S] int64, the positions that are asked for, in the order of the stream; all T where None. The last
+            layer leaves out what the others would need after its attention.
         neftune_alpha: of the noise on the embeddings (arXiv:2310.05914).
 
     Returns:
-        [T, H].
+        [T, H], or [S, H].
     """
     decoder = decoder_of(model)
     arguments = stream_arguments(input_ids, layout)
+    if wanted is not None:
+        arguments["wanted"] = wanted
     if neftune_alpha:
         embeddings = decoder.embed_tokens(arguments.pop("input_ids"))
         arguments["inputs_embeds"] = embeddings + neftune_noise(embeddings, layout, neftune_alpha)

@@ -1,4 +1,4 @@
-"""Cross entropy on supervised tokens, in chunks, without logits for the others."""
+"""Cross entropy on supervised tokens: in chunks, through cut cross entropy, or written out."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from qwenft.data.masking import IGNORED
+from qwenft.kernels.cce import cut_cross_entropy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,12 +35,13 @@ def supervised_loss(
     labels: torch.Tensor,
     weights: torch.Tensor | None = None,
     *,
+    method: str = "chunked",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> torch.Tensor:
     """The weighted sum of the cross entropies of the supervised tokens.
 
-    The same as the following, with logits for supervised positions alone, a chunk at a time::
+    The same as the following, with logits for supervised positions alone::
 
         logits = head(hidden).float()
         each = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
@@ -50,6 +52,8 @@ def supervised_loss(
         head: the output head, a Linear without bias or a peft layer around one.
         labels: [T], aligned with the position that predicts; -100 where not trained.
         weights: [T], 1 everywhere where None.
+        method: "chunked" makes logits a chunk at a time and their gradient with them; "cce" makes none, on a GPU,
+            for a plain head that is not trained; "full" makes them all at once, and keeps them for backward.
         label_smoothing: the share of each target that is spread over the vocabulary.
         z_loss: the factor on the squared log of the softmax's sum.
 
@@ -58,6 +62,11 @@ def supervised_loss(
     """
     terms = _Terms(label_smoothing, z_loss)
     kept = _supervised(hidden, labels, weights)
+    if method == "full":
+        return _logits_loss(head, terms, *kept)
+    if method == "cce":
+        kept_SH, kept_labels, kept_weights = kept
+        return (cut_cross_entropy(kept_SH, head.weight, kept_labels) * kept_weights).sum()
     if _is_plain(head):
         kept_SH, kept_labels, kept_weights = kept
         return _ChunkedLoss.apply(kept_SH, head.weight, kept_labels, kept_weights, terms)
@@ -65,7 +74,7 @@ def supervised_loss(
     for part in _parts(len(kept[0]), _LOGIT_BYTES, head.out_features):
         # A head with an adapter, or in few bits, is called as the module it is; backward makes its logits again.
         rows = (tensor[part] for tensor in kept)
-        total = total + checkpoint(_chunk_loss, head, terms, *rows, use_reentrant=False)
+        total = total + checkpoint(_logits_loss, head, terms, *rows, use_reentrant=False)
     return total
 
 
@@ -103,11 +112,18 @@ def _is_plain(head: Any) -> bool:
     return isinstance(head, torch.nn.Linear) and head.weight.shape == (head.out_features, head.in_features)
 
 
+def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Where labels [T] hold a token: [S] int64."""
+    return (labels != IGNORED).nonzero()[:, 0]
+
+
 def _supervised(
     hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Hidden states [S, H], labels [S] and float32 weights [S] of the supervised positions."""
-    rows = (labels != IGNORED).nonzero()[:, 0]
+    rows = supervised_positions(labels)
+    if len(rows) == len(labels):
+        return hidden, labels, torch.ones_like(rows, dtype=torch.float32) if weights is None else weights.float()
     kept_weights = torch.ones_like(rows, dtype=torch.float32) if weights is None else weights[rows].float()
     return hidden[rows], labels[rows], kept_weights
 
@@ -118,7 +134,7 @@ def _parts(rows: int, limit: int, columns: int) -> Iterator[slice]:
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
-def _chunk_loss(
+def _logits_loss(
     head: Any, terms: _Terms, hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     logits = head(hidden).float()

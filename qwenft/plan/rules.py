@@ -6,6 +6,7 @@ and nowhere else; a field by itself is checked by its spec.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -310,17 +311,38 @@ def learning_rates(draft: Draft) -> Iterator[Finding]:
 
 
 def loss_fields(draft: Draft) -> Iterator[Finding]:
-    """A loss of one's own computes all of itself."""
-    training = draft.training
-    if isinstance(training.loss, str):
-        return
+    """What is added to plain cross entropy is added by a loss that can."""
+    loss = draft.training.chosen_loss
     for name in ("z_loss", "label_smoothing"):
-        if getattr(training, name):
+        if not getattr(draft.training, name):
+            continue
+        if not isinstance(loss, str):
             yield error(
-                f"training.{name}",
-                f"{training.loss.__name__}() is not told of it",
-                f"compute it there, or no {name}",
+                f"training.{name}", f"{loss.__name__}() is not told of it", f"compute it there, or no {name}"
             )
+        elif loss == "cce":
+            yield error(f"training.{name}", '"cce" has none', f'loss="chunked", or no {name}')
+
+
+def cut_cross_entropy(draft: Draft) -> Iterator[Finding]:
+    """Where cut cross entropy runs, and where it would lose precision."""
+    if draft.training.loss != "cce":
+        return
+    place, instead = "training.loss", 'loss="chunked"'
+    heads = {"lm_head", "embeddings"} if draft.architecture.tied else {"lm_head"}
+    trained = {entry.weight.role for entry in trained_weights(draft.architecture, draft.adapter)}
+    if heads & trained:
+        yield error(place, '"cce" adds the gradient of a trained output head up in 16 bits', instead)
+    if draft.compute_dtype == "float32":
+        yield error(place, '"cce" computes in 16 bits only, the model in float32', instead)
+    capability = draft.machine.compute_capability
+    if draft.machine.device != "cuda" or (capability is not None and capability < (8, 0)):
+        yield blocked(
+            place, f'"cce" needs an NVIDIA GPU of compute capability 8.0, not {draft.machine.name}', instead
+        )
+    elif draft.here and find_spec("cut_cross_entropy") is None:
+        yield blocked(place, "cut-cross-entropy is not installed", 'pip install "qwenft[cuda]"')
+    yield note(place, '"cce" adds the gradient of the hidden states up in 16 bits, "chunked" in float32')
 
 
 def trained_precision(draft: Draft) -> Iterator[Finding]:
@@ -398,6 +420,7 @@ RULES: tuple[Callable[[Draft], Iterator[Finding]], ...] = (
     schedule_fields,
     learning_rates,
     loss_fields,
+    cut_cross_entropy,
     trained_precision,
     determinism,
     evaluation,

@@ -92,7 +92,8 @@ def facts(plan: TrainingPlan) -> list[tuple[str, str]]:
 
 def training_text(training: TrainingSpec) -> str:
     """Optimizer, learning rates and what is added to plain cross entropy, in a sentence."""
-    loss = "" if isinstance(training.loss, str) else f"; loss {training.loss.__name__}()"
+    chosen = training.chosen_loss
+    loss = f"; loss {chosen}" if isinstance(chosen, str) else f"; loss {chosen.__name__}()"
     rates = "".join(f", {role} {rate:g}" for role, rate in training.learning_rates)
     extras = (
         ("LoRA+ ratio", training.lora_plus_ratio if training.lora_plus_ratio != 1 else 0),

@@ -14,7 +14,7 @@ from qwenft.specs.base import Check, flag, known_roles, number, one_of, spec, wh
 
 SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "sgd")
-LOSSES = ("chunked",)
+LOSSES = ("auto", "chunked", "cce", "full")
 BETAS = (0.9, 0.999)
 
 
@@ -80,9 +80,10 @@ class TrainingSpec:
         max_grad_norm: gradients are scaled down to this norm; None leaves them.
         master_weights: full fine-tuning of bfloat16 weights holds them in float32; else they stay bfloat16 and
             updates are rounded by chance, right on average (stochastic rounding, arXiv:2010.06192).
-        loss: "chunked", cross entropy on supervised tokens, or a function of your own: ``loss(hidden, batch,
-            head)`` of hidden states [T, H], the batch and the output head gives the weighted sum over the
-            supervised tokens, a float32 scalar.
+        loss: cross entropy on supervised tokens: "chunked" keeps no logits and is exact anywhere; "cce" makes
+            none, on a GPU (arXiv:2411.09009); "full" keeps all of them; "auto" chooses. Or a function of your own:
+            ``loss(hidden, batch, head)`` of hidden states [T, H], the batch and the output head gives the weighted
+            sum over the supervised tokens, a float32 scalar; the last layer is then computed for all tokens.
         z_loss: adds so many times the squared log of the softmax's sum (arXiv:2204.02311, section 5).
         label_smoothing: the share of each target that is spread over the vocabulary.
         neftune_alpha: uniform noise of alpha / sqrt(tokens of the document * hidden size) on embeddings in
@@ -189,10 +190,12 @@ class TrainingSpec:
         default=False, kw_only=True, validator=flag("TrainingSpec(master_weights=True)")
     )
     loss: str | Callable[..., Any] = attrs.field(
-        default="chunked",
+        default="auto",
         kw_only=True,
         validator=Check(
-            _is_loss, "'chunked', or a function of (hidden, batch, head)", "TrainingSpec(loss=my_loss)"
+            _is_loss,
+            f"one of {', '.join(map(repr, LOSSES))}, or a function of (hidden, batch, head)",
+            "TrainingSpec(loss=my_loss)",
         ),
     )
     z_loss: float = attrs.field(default=0.0, kw_only=True, validator=number("TrainingSpec(z_loss=1e-4)"))
@@ -246,6 +249,11 @@ class TrainingSpec:
     def early_stopping(self, patience: int) -> TrainingSpec:
         """End after so many evaluations in a row that do not lower the held-out loss."""
         return attrs.evolve(self, patience=patience)
+
+    @property
+    def chosen_loss(self) -> str | Callable[..., Any]:
+        """The loss, with what "auto" stands for: "chunked", which adds every gradient up in float32."""
+        return "chunked" if self.loss == "auto" else self.loss
 
     def learning_rate_of(self, role: str) -> float:
         """The peak of a role."""

@@ -10,7 +10,7 @@ import torch
 
 from qwenft.errors import CheckpointError, DataError, NonFiniteError
 from qwenft.models.bind import causal_of, hidden_states
-from qwenft.models.loss import supervised_loss, token_scores
+from qwenft.models.loss import supervised_loss, supervised_positions, token_scores
 from qwenft.training.checkpoint import read_manifest, read_tensors, require_same, write_checkpoint
 from qwenft.training.determinism import deterministic_algorithms
 from qwenft.training.optim import build_optimizer, build_schedule, optimizer_state, restore_optimizer
@@ -94,21 +94,34 @@ class Prepared:
             epoch, step = epoch + 1, step - steps
         return epoch, step
 
-    def hidden(self, batch: Batch) -> torch.Tensor:
-        """What the output head is given, [T, H]; with NEFTune's noise while training."""
+    def hidden(self, batch: Batch, wanted: torch.Tensor | None = None) -> torch.Tensor:
+        """What the output head is given for all T tokens or S wanted ones; with NEFTune's noise in training."""
         alpha = self.training.neftune_alpha if self.model.training else 0.0
-        return hidden_states(self.model, batch.input_ids, batch.layout, neftune_alpha=alpha)
+        return hidden_states(self.model, batch.input_ids, batch.layout, wanted=wanted, neftune_alpha=alpha)
 
     def loss(self, batch: Batch) -> Loss:
-        """The recipe's loss of a micro-batch, with its graph; logits are made for supervised tokens alone."""
+        """The recipe's loss of a micro-batch, with its graph.
+
+        The last layer and the head are computed for supervised tokens alone, unless the loss is a function.
+        """
         batch = batch.to(self.device)
-        hidden, head = self.hidden(batch), causal_of(self.model).lm_head
-        if isinstance(self.training.loss, str):
-            options = {"label_smoothing": self.training.label_smoothing, "z_loss": self.training.z_loss}
-            total = supervised_loss(hidden, head, batch.labels, batch.weights, **options)
+        loss = self.training.chosen_loss
+        if isinstance(loss, str):
+            total = supervised_loss(
+                *self._supervised(batch),
+                method=loss,
+                label_smoothing=self.training.label_smoothing,
+                z_loss=self.training.z_loss,
+            )
         else:
-            total = self.training.loss(hidden, batch, head)
+            total = loss(self.hidden(batch), batch, causal_of(self.model).lm_head)
         return Loss(total, batch.tokens)
+
+    def _supervised(self, batch: Batch) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor | None]:
+        """Hidden states [S, H] of the supervised positions, the head, their labels and their weights."""
+        wanted = supervised_positions(batch.labels)
+        weights = None if batch.weights is None else batch.weights[wanted]
+        return self.hidden(batch, wanted), causal_of(self.model).lm_head, batch.labels[wanted], weights
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """[T, vocabulary], for every token."""
@@ -158,9 +171,7 @@ class Prepared:
         with deterministic_algorithms(asked=self.training.deterministic):
             for row in stream.rows():
                 batch = stream.batch(row).to(self.device)
-                scores = token_scores(
-                    self.hidden(batch), causal_of(self.model).lm_head, batch.labels, batch.weights
-                )
+                scores = token_scores(*self._supervised(batch))
                 loss, correct, tokens = loss + scores[0], correct + scores[1], tokens + batch.tokens
         self.model.train(was_training)
         return Evaluation(loss=loss / tokens, accuracy=correct / tokens, tokens=tokens)

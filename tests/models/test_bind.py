@@ -12,7 +12,7 @@ import transformers
 from qwenft import backends
 from qwenft.models.bind import bind, causal_of, hidden_states
 from qwenft.models.loss import supervised_loss
-from qwenft.testing import stock_logits, tiny_checkpoint
+from qwenft.testing import TinySizes, stock_logits, tiny_checkpoint
 
 from .helpers import LENGTHS, batch_of, bound, documents, next_token_labels, packed_logits, relative
 
@@ -55,6 +55,41 @@ def test_packed_loss_and_gradients_equal_stock(checkpoint, stock, checkpointing)
     assert gradients.keys() == stock[checkpoint].gradients.keys()
     for name, wanted in stock[checkpoint].gradients.items():
         assert relative(gradients[name], wanted) < 1e-4, name
+
+
+@pytest.fixture(scope="module")
+def ends_with_gated_deltanet(tmp_path_factory):
+    """A model whose last layer is no full attention."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("five") / "model", sizes=TinySizes(layers=5), a_log=-3.0)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "five"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_last_layer_leaves_out_what_nobody_asks_for(
+    kind, checkpointing, dense_checkpoint, moe_checkpoint, ends_with_gated_deltanet
+):
+    """Wanted positions have the hidden states and the gradients of a full pass; the last MLP sees no others."""
+    path = {"dense": dense_checkpoint, "moe": moe_checkpoint, "five": ends_with_gated_deltanet}[kind]
+    model = bound(path).train()
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    batch = batch_of(documents())
+    wanted = torch.arange(batch.layout.total)[2::3]
+    weight = torch.randn(len(wanted), model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    seen = []
+    model.model.layers[-1].mlp.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    found = []
+    for asked in (None, wanted):
+        hidden = hidden_states(model, batch.input_ids, batch.layout, wanted=asked)
+        hidden = hidden[wanted] if asked is None else hidden
+        gradients = torch.autograd.grad((hidden * weight).sum(), list(model.parameters()), allow_unused=True)
+        found.append((hidden.detach(), gradients))
+    (all_hidden, all_gradients), (hidden, gradients) = found
+    assert set(seen) == {batch.layout.total, len(wanted)}
+    assert relative(hidden, all_hidden) < 1e-6
+    for (name, _), got, expected in zip(model.named_parameters(), gradients, all_gradients, strict=True):
+        assert (got is None) == (expected is None), name
+        assert got is None or relative(got, expected) < 1e-5, name
 
 
 def test_changing_one_document_changes_no_other(checkpoint):

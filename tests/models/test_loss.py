@@ -25,14 +25,15 @@ def _reference(hidden, head, labels, weights):
     return (each * weights).sum()
 
 
+@pytest.mark.parametrize("method", ["chunked", "full"])
 @pytest.mark.parametrize("chunk_bytes", [64 * 2**20, 7 * 50 * 4])
 @pytest.mark.parametrize("trains_head", [True, False])
-def test_loss_and_gradients_equal_full_cross_entropy(monkeypatch, chunk_bytes, trains_head):
-    """The chunked loss and its gradients are those of torch's cross entropy over all logits."""
+def test_loss_and_gradients_equal_full_cross_entropy(monkeypatch, method, chunk_bytes, trains_head):
+    """The loss and its gradients are those of torch's cross entropy over all logits."""
     monkeypatch.setattr(module, "_LOGIT_BYTES", chunk_bytes)
     hidden, head, labels, weights = _problem()
     head.weight.requires_grad_(trains_head)
-    got = supervised_loss(hidden, head, labels, weights)
+    got = supervised_loss(hidden, head, labels, weights, method=method)
     wanted = _reference(hidden, head, labels, weights)
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
     inputs = [hidden, head.weight] if trains_head else [hidden]
@@ -70,11 +71,12 @@ def test_a_head_that_is_a_module_gives_the_same(monkeypatch):
     )
 
 
-def test_nothing_supervised_is_zero_with_a_zero_gradient():
+@pytest.mark.parametrize("method", ["chunked", "full"])
+def test_nothing_supervised_is_zero_with_a_zero_gradient(method):
     """A batch without supervised tokens has loss 0 and gradient 0, not NaN."""
     hidden, head, labels, _ = _problem()
     labels[:] = -100
-    total = supervised_loss(hidden, head, labels)
+    total = supervised_loss(hidden, head, labels, method=method)
     total.backward()
     assert total.item() == 0.0
     assert hidden.grad.abs().max() == 0.0

@@ -711,6 +711,12 @@ def custom_loss(hidden, batch, head):
             "label_smoothing",
             "custom_loss() is not told of it",
         ),
+        (
+            TrainingSpec(loss="cce", z_loss=1e-4),
+            "z_loss",
+            '"cce" has none\n     Fix: loss="chunked", or no z_loss',
+        ),
+        (TrainingSpec(loss="cce"), "loss", '"cce" computes in 16 bits only'),
         (TrainingSpec(patience=2, evaluate_every=5), "patience", "there is no held-out data to judge by"),
         (TrainingSpec(keep_best=True), "keep_best", "there is no held-out data to judge by"),
         (TrainingSpec(patience=2), "patience", "early stopping needs evaluations on the way"),
@@ -788,6 +794,17 @@ def test_samples_alone_may_be_asked_at_intervals():
     """Answers at intervals need no held-out data."""
     training = TrainingSpec(evaluate_every=5, sample_prompts=("Hi",))
     assert found(recipe(data=DATA, training=training), "training.evaluate_every") == []
+
+
+def test_cut_cross_entropy_needs_a_gpu_and_a_head_that_is_not_trained():
+    """Named where it cannot run, or would add a trained head up in 16 bits, it is refused; else its price is said."""
+    asked = recipe(data=DATA, training=TrainingSpec(loss="cce"))
+    assert "NVIDIA GPU of compute capability 8.0" in one(asked, "training.loss", "blocked", Machine.detect())
+    assert "compute capability 8.0" in one(asked, "training.loss", "blocked", Machine.named("T4"))
+    assert found(asked, "training.loss", machine=GPU) == found(asked, "training.loss", "blocked", GPU) == []
+    assert "the hidden states up in 16 bits" in one(asked, "training.loss", "note", GPU)
+    trained = recipe(data=DATA, training=TrainingSpec(loss="cce"), adapter=AdapterSpec.full())
+    assert "trained output head up in 16 bits" in one(trained, "training.loss", machine=GPU)
 
 
 def test_a_loss_that_cannot_be_found_again_is_noted():

@@ -67,7 +67,7 @@ def test_a_plan_says_what_it_is_for():
     chosen = plan.draft.backends
     assert lines["attention"] == f"full = {chosen['full'].name}, linear = {chosen['linear'].name}"
     assert lines["data"] == "not yet computed (plan.data tokenises them)"
-    assert lines["training"] == "adamw, learning rate 0.0002 (cosine); gradients clipped at 1"
+    assert lines["training"] == "adamw, learning rate 0.0002 (cosine); gradients clipped at 1; loss chunked"
     one = plan.state.trained + plan.state.optimizer
     kept = f"2 kept: {bytes_text(2 * one)}"
     assert lines["disk"] == f"a checkpoint of {bytes_text(one)} every tenth of the run, {kept}"
