@@ -137,9 +137,11 @@ def train(
     from qwenft.reports.events import EventFile
     from qwenft.reports.live import Progress
     from qwenft.training import loop
+    from qwenft.training.allocator import return_freed_memory
 
     folder, prepared, history = _begin(plan, path, resume)
     with ExitStack() as stack:
+        stack.callback(return_freed_memory)
         shown = stack.enter_context(Progress(plan.data, plan.recipe.training, prepared.steps_done, shown=progress))
         events = stack.enter_context(EventFile(path / "tensorboard", prepared.steps_done))
         listeners = loop.Listeners(

@@ -66,7 +66,7 @@ JOBS = {
             "linear_num_value_heads": 16,
         },
         vocabulary=248_320,
-        documents=12,
+        documents=4,
     ),
 }
 

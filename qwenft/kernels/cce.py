@@ -1,7 +1,7 @@
 """Cut cross entropy (arXiv:2411.09009) on a GPU: the loss without logits in memory, as the package of its authors.
 
-Of release 25.1.1 the gradient of the hidden states is added up in their own dtype (`cce_backward.py`), and parts of
-it that are small are left out unless that is turned off, as here.
+In release 25.1.1 the gradient of the hidden states is added up in their own dtype (`cce_backward.py`), and small
+parts of it are left out unless that is turned off, as here.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import torch
 from qwenft.errors import CheckpointError, DataError, NonFiniteError
 from qwenft.models.bind import causal_of, hidden_states
 from qwenft.models.loss import supervised_loss, supervised_positions, token_scores
+from qwenft.training.allocator import keep_freed_memory
 from qwenft.training.checkpoint import read_manifest, read_tensors, require_same, write_checkpoint
 from qwenft.training.determinism import deterministic_algorithms
 from qwenft.training.optim import build_optimizer, build_schedule, optimizer_state, restore_optimizer
@@ -54,6 +55,8 @@ class Prepared:
         role_of: Callable[[str], str],
         identity: Mapping[str, Any],
     ) -> None:
+        if device == "cpu":
+            keep_freed_memory()
         self.model = model
         self.tokenizer = tokenizer
         self.corpus = corpus
