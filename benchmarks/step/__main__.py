@@ -3,9 +3,9 @@
     sh benchmarks/step/install_peers.sh
     python benchmarks/step --job small --against hf --runs 5 --threads 1
 
-Each measurement is a process of its own, the sides alternate, and a ratio is taken within a pair: the median of the
-pairs, with the lowest and the highest. Loss and adapter gradients of four documents are compared first, and nothing
-is timed where they differ. Kernels, bytes moved and live bytes are counted, and the same on every run.
+Each measurement is a process of its own, the sides alternate, and a ratio is taken within a pair: the median of
+the pairs, with the lowest and the highest. Loss and adapter gradients of four documents are compared first, and
+nothing is timed where they differ. Kernels, bytes moved and live bytes are counted, and the same on every run.
 """
 
 from __future__ import annotations
@@ -130,22 +130,26 @@ def text(result: dict[str, Any]) -> str:
     """The numbers for people."""
     ours, theirs = result["passes"]["ours"], result["passes"][result["against"]]
     counted, other = result["counts"]["ours"], result["counts"][result["against"]]
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    lengths, share = result["lengths"], result["supervised"] / sum(result["lengths"])
     lines = [
-        f"{result['job']} against {result['against']}, float32, {result['threads']} thread(s), {result['machine']}, "
-        f"{', '.join(f'{name} {number}' for name, number in result['versions'].items())}",
-        f"{len(result['lengths'])} documents of {min(result['lengths'])} to {max(result['lengths'])} tokens, "
-        f"{result['supervised'] / sum(result['lengths']):.0%} supervised; they agree to {result['difference']:.1e}",
-        f"tokens/s       {spread([p['rate'] for p in ours], '.1f')} against {spread([p['rate'] for p in theirs], '.1f')}: "
-        f"{spread([a['rate'] / b['rate'] for a, b in zip(ours, theirs, strict=True)], '.2f')}x",
-        f"peak, GiB      {spread([p['peak'] / GIB for p in ours], '.2f')} against "
-        f"{spread([p['peak'] / GIB for p in theirs], '.2f')}: "
-        f"{spread([a['peak'] / b['peak'] for a, b in zip(ours, theirs, strict=True)], '.2f')}",
+        f"{result['job']} against {result['against']}, float32, {result['threads']} thread(s)",
+        f"{result['machine']}, {versions}",
+        f"{len(lengths)} documents of {min(lengths)} to {max(lengths)} tokens, {share:.0%} supervised",
+        f"loss and adapter gradients agree to {result['difference']:.1e}",
     ]
-    for name, unit, scale in (("kernels", "per token", 1), ("moved", "MB/token", 1e6), ("live", "GiB", GIB)):
-        lines.append(
-            f"{name:<8}{unit:>10} {counted[name] / scale:.1f} against {other[name] / scale:.1f}: "
-            f"{counted[name] / other[name]:.2f}"
-        )
+    for name, title, scale in (("rate", "tokens/s", 1), ("peak", "peak, GiB", GIB)):
+        sides = [spread([run[name] / scale for run in runs], ".2f") for runs in (ours, theirs)]
+        ratios = spread([a[name] / b[name] for a, b in zip(ours, theirs, strict=True)], ".2f")
+        lines.append(f"{title:<22} {sides[0]} against {sides[1]}: {ratios}")
+    counts = (
+        ("kernels", "kernels/token", 1),
+        ("moved", "MB moved/token", 1e6),
+        ("live", "most live, GiB", GIB),
+    )
+    for name, title, scale in counts:
+        sides = [f"{side[name] / scale:.1f}" for side in (counted, other)]
+        lines.append(f"{title:<22} {sides[0]} against {sides[1]}: {counted[name] / other[name]:.2f}")
     for side, runs in result["passes"].items():
         shares = [
             result["flops"] / run["seconds"] / limit

@@ -19,9 +19,9 @@ HEAD_DIM, LINEAR_DIM = 256, 128
 def products(name: str, lengths: Sequence[int], supervised: int) -> list[tuple[int, int, int, float]]:
     """(rows, inner, columns, times) of every matrix product of a pass over documents of these lengths.
 
-    Forward and the gradient of the input of all Linears, their adapters (which have weight gradients too), the head
-    on supervised tokens, the causal half of attention (two products forward, four backward), and the chunked rule
-    at 64: five products of a chunk with its own tokens and three with the state, forward and twice that backward.
+    Forward and the gradient of the input of all Linears, their adapters (which have weight gradients too), the
+    head on supervised tokens, the causal half of attention (two products forward, four backward), and the chunked
+    rule at 64: five products of a chunk with its own tokens and three with the state, and twice that backward.
     Nothing that is computed again is counted.
     """
     job = JOBS[name]
@@ -41,8 +41,8 @@ def products(name: str, lengths: Sequence[int], supervised: int) -> list[tuple[i
             found.append((tokens, inner, RANK, 3 * count))
             found.append((tokens, RANK, columns, 3 * count))
     found.append((supervised, hidden, job.vocabulary, 2))
-    for length in lengths:
-        found.append((length, HEAD_DIM, length, 0.5 * 6 * full * size["num_attention_heads"]))
+    causal = 0.5 * 6 * full * size["num_attention_heads"]
+    found += [(length, HEAD_DIM, length, causal) for length in lengths]
     chunks = sum(-(-length // CHUNK) for length in lengths)
     of_chunks = 3 * chunks * heads * (layers - full)
     found.append((CHUNK, LINEAR_DIM, CHUNK, 2 * of_chunks))  # k k^T, q k^T

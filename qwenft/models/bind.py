@@ -11,12 +11,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import Cache
 from transformers.models.qwen3_5 import modeling_qwen3_5 as dense
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
 
 from qwenft.kernels.layout import SequenceLayout
+from qwenft.kernels.made_again import made_again
 
 if TYPE_CHECKING:
     from qwenft.capabilities import AttentionBackend, LinearAttentionBackend
@@ -52,7 +54,10 @@ class _BoundAttention:
         query_THD, key_TGD = dense.apply_rotary_pos_emb(query_THD, key_TGD, cos_TR, sin_TR)
         mixed_THD = self.qwenft_backend.attend(query_THD, key_TGD, value_TGD, layout=layout, scale=self.scaling)
         mixed_SHD = mixed_THD if wanted is None else mixed_THD[wanted]
-        return self.o_proj((mixed_SHD * gate_SHD.sigmoid()).flatten(1))
+        opened_SHD = gate_SHD.sigmoid()
+        gated_SHD = mixed_SHD * opened_SHD
+        with made_again(gated_SHD, lambda: mixed_SHD.detach() * opened_SHD.detach()):
+            return self.o_proj(gated_SHD.flatten(1))
 
 
 def _scattered(x: torch.Tensor, places: torch.Tensor, length: int) -> torch.Tensor:
@@ -142,30 +147,44 @@ class _BoundGatedDeltaNet:
         """The layer's output [T, H], the inputs of its convolution [T, C], and the state after each document."""
         tokens = x_TC.shape[0]
         inputs_TC = self.in_proj_qkv(x_TC)
-        convolved_TC: Any = self.qwenft_backend.short_conv(
-            inputs_TC,
-            self.conv1d.weight[:, 0],
-            self.conv1d.bias,
-            layout=layout,
-            activation=self.activation,
-            initial_state=conv_state,
-        )
+        # Read here: in backward the modules may hold others.
+        taps, norm_weight = self.conv1d.weight[:, 0], self.norm.weight
+
+        def convolve(x_TC: torch.Tensor) -> Any:
+            return self.qwenft_backend.short_conv(
+                x_TC,
+                taps,
+                self.conv1d.bias,
+                layout=layout,
+                activation=self.activation,
+                initial_state=conv_state,
+            )
+
+        convolved_TC = convolve(inputs_TC)
         query, key, value = convolved_TC.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
         log_decay_TV = -self.A_log.float().exp() * F.softplus(self.in_proj_a(x_TC).float() + self.dt_bias)
-        answer: Any = self.qwenft_backend.delta_rule(
-            query.view(tokens, -1, self.head_k_dim),
-            key.view(tokens, -1, self.head_k_dim),
-            value.view(tokens, -1, self.head_v_dim),
-            log_decay_TV,
-            self.in_proj_b(x_TC).sigmoid(),
-            layout=layout,
-            initial_state=scan_state,
-            return_state=return_state,
-        )
+        beta_TV = self.in_proj_b(x_TC).sigmoid()
+        with made_again(convolved_TC, lambda: convolve(inputs_TC.detach())):
+            answer: Any = self.qwenft_backend.delta_rule(
+                query.view(tokens, -1, self.head_k_dim),
+                key.view(tokens, -1, self.head_k_dim),
+                value.view(tokens, -1, self.head_v_dim),
+                log_decay_TV,
+                beta_TV,
+                layout=layout,
+                initial_state=scan_state,
+                return_state=return_state,
+            )
         mixed_TVE, state = answer if return_state else (answer, None)
-        gate_TVE = self.in_proj_z(x_TC).view(-1, self.head_v_dim)
-        normed = self.norm(mixed_TVE.reshape(-1, self.head_v_dim), gate_TVE)
-        return self.out_proj(normed.view(tokens, -1)), inputs_TC, state
+        mixed_RE = mixed_TVE.reshape(-1, self.head_v_dim)
+        gate_RE = self.in_proj_z(x_TC).view(-1, self.head_v_dim)
+        normed_RE = self.norm(mixed_RE, gate_RE)
+
+        def norm() -> torch.Tensor:
+            return functional_call(self.norm, {"weight": norm_weight}, (mixed_RE.detach(), gate_RE.detach()))
+
+        with made_again(normed_RE, norm):
+            return self.out_proj(normed_RE.view(tokens, -1)), inputs_TC, state
 
 
 class _BoundVisionAttention:

@@ -9,6 +9,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5 as dense
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
 
 from qwenft.kernels.elementwise import rms_norm, swiglu
+from qwenft.kernels.made_again import made_again
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,10 @@ class _MLP:
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         """[..., H] to [..., H]."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        product = swiglu(gate, up)
+        with made_again(product, lambda: swiglu(gate.detach(), up.detach())):
+            return self.down_proj(product)
 
 
 class Norm(_Norm, dense.Qwen3_5RMSNorm):

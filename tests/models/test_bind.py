@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -90,6 +91,27 @@ def test_the_last_layer_leaves_out_what_nobody_asks_for(
     for (name, _), got, expected in zip(model.named_parameters(), gradients, all_gradients, strict=True):
         assert (got is None) == (expected is None), name
         assert got is None or relative(got, expected) < 1e-5, name
+
+
+def test_what_is_made_again_is_not_kept(dense_checkpoint):
+    """After the forward pass nobody holds the inputs of the projections that end attention, GDN and MLP, trained."""
+    model = bound(dense_checkpoint).train()
+    inputs = {}
+
+    def watch(name):
+        def hook(_, arguments):
+            inputs[name] = weakref.ref(arguments[0].untyped_storage())
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name.endswith(("o_proj", "out_proj", "down_proj", "gate_proj")):
+            module.register_forward_pre_hook(watch(name))
+    batch = batch_of(documents())
+    hidden = hidden_states(model, batch.input_ids, batch.layout)
+    kept = {name.split(".")[-1] for name, storage in inputs.items() if storage() is not None}
+    assert kept == {"gate_proj"}
+    hidden.sum().backward()
 
 
 def test_changing_one_document_changes_no_other(checkpoint):

@@ -315,7 +315,12 @@ ILL_TYPED = [
     (TrainingSpec, "epsilon", "a number above 0", [0, None, *NOT_NUMBER]),
     (TrainingSpec, "momentum", "a number of at least 0 and below 1", [-0.1, 1, None, *NOT_NUMBER]),
     (TrainingSpec, "master_weights", "True or False", NOT_FLAG),
-    (TrainingSpec, "loss", "'chunked', or a function of (hidden, batch, head)", ["mse", None, 1, print]),
+    (
+        TrainingSpec,
+        "loss",
+        "one of 'auto', 'chunked', 'cce', 'full', or a function of (hidden, batch, head)",
+        ["mse", None, 1, print],
+    ),
     (TrainingSpec, "z_loss", "a number of at least 0", [-0.1, None, *NOT_NUMBER]),
     (TrainingSpec, "label_smoothing", "a number of at least 0 and below 1", [-0.1, 1, None, *NOT_NUMBER]),
     (TrainingSpec, "neftune_alpha", "a number of at least 0", [-0.1, None, *NOT_NUMBER]),
