@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def made_again(x: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
     """Let nothing inside keep ``x``, or views of it, for backward: it is made again there.
 
-    What ``make`` needs is kept instead, so it should be what others keep anyway. Where hooks on saved tensors are set
-    already, as by activation checkpointing, it is left to them.
+    What ``make`` needs is kept instead, so it should be what others keep anyway. Where hooks on saved tensors are
+    set already, as by activation checkpointing, it is left to them.
 
     Args:
         x: contiguous.
