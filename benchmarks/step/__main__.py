@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ class Harness:
             raise SystemExit(f"{side}, {what}: exit status {run.returncode}\n{run.stderr[-3000:]}")
         return out
 
-    def numbers(self, side: str, what: str) -> dict[str, float]:
+    def numbers(self, side: str, what: str) -> dict[str, Any]:
         """What a side measured."""
         return dict(json.loads(self.measure(side, what).read_text()))
 
@@ -103,7 +102,7 @@ def measured(asked: argparse.Namespace, harness: Harness, job: Path) -> dict[str
     sides = ("ours", asked.against)
     error = harness.require_equal()
     counts = {side: harness.numbers(side, "counts") for side in sides}
-    passes: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    passes: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     rates = []
     for _ in range(asked.runs):
         rates.append(rate(asked.job)["flops_per_second"])
@@ -115,7 +114,7 @@ def measured(asked: argparse.Namespace, harness: Harness, job: Path) -> dict[str
         "threads": asked.threads,
         "checkpointing": asked.checkpointing,
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")},
+        "versions": {side: runs[0]["versions"] for side, runs in passes.items()},
         "lengths": lengths,
         "supervised": supervised,
         "difference": error,
@@ -130,11 +129,11 @@ def text(result: dict[str, Any]) -> str:
     """The numbers for people."""
     ours, theirs = result["passes"]["ours"], result["passes"][result["against"]]
     counted, other = result["counts"]["ours"], result["counts"][result["against"]]
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     lengths, share = result["lengths"], result["supervised"] / sum(result["lengths"])
     lines = [
         f"{result['job']} against {result['against']}, float32, {result['threads']} thread(s)",
-        f"{result['machine']}, {versions}",
+        result["machine"],
+        *(f"{side}: {', '.join(map(' '.join, found.items()))}" for side, found in result["versions"].items()),
         f"{len(lengths)} documents of {min(lengths)} to {max(lengths)} tokens, {share:.0%} supervised",
         f"loss and adapter gradients agree to {result['difference']:.1e}",
     ]

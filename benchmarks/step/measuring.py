@@ -10,6 +10,7 @@ import time
 import weakref
 import zlib
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,5 +145,6 @@ def measured_pass(
         "cpu_seconds": cpu,
         "tokens": tokens,
         "rate": tokens / seconds,
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "peak": resident.peak(),
     }
