@@ -45,7 +45,7 @@ class Harness:
         options = {"job": self.job, "trainer": side, "measure": what, "out": out, "threads": self.asked.threads}
         command = [python, str(HERE / script), *(f"--{name}={value}" for name, value in options.items())]
         command.append("--checkpointing" if self.asked.checkpointing else "--no-checkpointing")
-        run = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        run = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own scripts
         if run.returncode:
             raise SystemExit(f"{side}, {what}: exit status {run.returncode}\n{run.stderr[-3000:]}")
         return out
@@ -105,7 +105,7 @@ def measured(asked: argparse.Namespace, harness: Harness, job: Path) -> dict[str
     passes: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     rates = []
     for _ in range(asked.runs):
-        rates.append(rate(asked.job)["flops_per_second"])
+        rates.append(rate(asked.job))
         for side in sides:
             passes[side].append(harness.numbers(side, "pass"))
     return {
@@ -142,8 +142,8 @@ def text(result: dict[str, Any]) -> str:
         ratios = spread([a[name] / b[name] for a, b in zip(ours, theirs, strict=True)], ".2f")
         lines.append(f"{title:<22} {sides[0]} against {sides[1]}: {ratios}")
     counts = (
-        ("kernels", "kernels/token", 1),
-        ("moved", "MB moved/token", 1e6),
+        ("kernels", "kernels/supervised", 1),
+        ("moved", "MB moved/supervised", 1e6),
         ("live", "most live, GiB", GIB),
     )
     for name, title, scale in counts:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from job import JOBS, RANK
+from job import JOBS
+from measuring import RANK
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,7 +57,7 @@ def flops(work: Sequence[tuple[int, int, int, float]]) -> float:
     return sum(2.0 * rows * inner * columns * times for rows, inner, columns, times in work)
 
 
-def rate(name: str, runs: int = 7) -> dict[str, Any]:
+def rate(name: str, runs: int = 7) -> float:
     """Floating point operations a second of float32 products at the job's largest shapes, the best of them."""
     size = JOBS[name].sizes
     hidden, ffn = size["hidden_size"], size["intermediate_size"]
@@ -70,4 +71,4 @@ def rate(name: str, runs: int = 7) -> dict[str, Any]:
             torch.mm(left, right.T, out=out)
             seconds.append(time.perf_counter() - start)
         found.append(2 * 2048 * inner * columns / statistics.median(seconds))
-    return {"flops_per_second": max(found)}
+    return max(found)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SHORTEST, LONGEST = 50, 2000
-RANK = 16
 
 
 @attrs.frozen

@@ -19,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-_ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view"}
+RANK = 16  # of every adapter
+_NO_KERNELS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view"}
 
 
 class Counter(TorchDispatchMode):
@@ -45,18 +46,18 @@ class Counter(TorchDispatchMode):
         result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        known = {tensor.untyped_storage()._cdata for tensor in inputs}  # noqa: SLF001
+        known = {_identity(tensor.untyped_storage()) for tensor in inputs}
         for tensor in outputs:
-            if tensor.untyped_storage()._cdata not in known:  # noqa: SLF001
+            if _identity(tensor.untyped_storage()) not in known:
                 self._watch(tensor.untyped_storage())
         name = func.overloadpacket.__name__
-        if not func.is_view and name not in _ALLOCATES:
+        if not func.is_view and name not in _NO_KERNELS:
             self.kernels += 1
             self.moved += sum(tensor.nbytes for tensor in (*inputs, *outputs))
         return result
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()  # noqa: SLF001
+        key, size = _identity(storage), storage.nbytes()
         if key in self._seen:
             return
         self._seen.add(key)
@@ -67,6 +68,10 @@ class Counter(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.live -= size
+
+
+def _identity(storage: torch.UntypedStorage) -> int:
+    return int(storage._cdata)  # noqa: SLF001 - data_ptr is 0 for every empty one
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,20 @@ def fill_adapters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
             seed = zlib.crc32(name.encode())
             parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(seed))
     return adapters
+
+
+def adapter_gradients(
+    model: torch.nn.Module, documents: Sequence[Any], loss_of: Callable[[Any], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Mean loss and adapter gradient of each of the first four documents."""
+    adapters = fill_adapters(model)
+    found: dict[str, torch.Tensor] = {}
+    for index, document in enumerate(documents[:4]):
+        loss = loss_of(document)
+        gradients = torch.autograd.grad(loss, list(adapters.values()))
+        found[f"{index}:loss"] = loss.detach()
+        found |= {f"{index}:{name}": grad for name, grad in zip(adapters, gradients, strict=True)}
+    return found
 
 
 def arguments(description: str) -> argparse.Namespace:

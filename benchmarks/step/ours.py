@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-import torch
-from job import RANK, data
-from measuring import arguments, fill_adapters, measured_pass
+from job import data
+from measuring import RANK, adapter_gradients, arguments, measured_pass
 from safetensors.torch import save_file
 
 import qwenft as qf
@@ -15,6 +14,8 @@ from qwenft.data.stream import Batch
 
 if TYPE_CHECKING:
     import argparse
+
+    import torch
 
     from qwenft.training.engine import Prepared
 
@@ -32,17 +33,10 @@ def prepared(asked: argparse.Namespace) -> Prepared:
     return recipe.compile().prepare()
 
 
-def documents(ready: Prepared) -> dict[str, torch.Tensor]:
-    """Loss and adapter gradient of each document."""
-    adapters = fill_adapters(ready.model)
-    found: dict[str, torch.Tensor] = {}
-    for index, document in enumerate(ready.corpus.train.documents[:4]):
-        batch = Batch.from_documents([document])
-        loss = ready.loss(batch).total / batch.tokens
-        gradients = torch.autograd.grad(loss, list(adapters.values()))
-        found[f"{index}:loss"] = loss.detach()
-        found |= {f"{index}:{name}": grad for name, grad in zip(adapters, gradients, strict=True)}
-    return found
+def mean_loss(ready: Prepared, document: Any) -> torch.Tensor:
+    """Of a document alone."""
+    batch = Batch.from_documents([document])
+    return ready.loss(batch).total / batch.tokens
 
 
 def main() -> None:
@@ -51,7 +45,9 @@ def main() -> None:
     ready = prepared(asked)
 
     if asked.measure == "documents":
-        save_file(documents(ready), asked.out)
+        documents = ready.corpus.train.documents
+        found = adapter_gradients(ready.model, documents, lambda document: mean_loss(ready, document))
+        save_file(found, asked.out)
         return
 
     def run() -> None:

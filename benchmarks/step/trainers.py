@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import torch
 import transformers
-from measuring import arguments, fill_adapters, measured_pass
+from measuring import RANK, adapter_gradients, arguments, measured_pass
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
@@ -20,7 +20,6 @@ PROJECTIONS = [
     *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     *("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"),
 ]
-RANK = 16
 DOCUMENTS_PER_STEP = 4
 
 
@@ -60,17 +59,10 @@ def trainer_of(asked: argparse.Namespace, rows: list[dict[str, Any]]) -> Any:
     )
 
 
-def documents(model: Any, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Loss and adapter gradient of each document."""
-    adapters = fill_adapters(model)
-    found: dict[str, torch.Tensor] = {}
-    for index, row in enumerate(rows[:4]):
-        ids, labels = (torch.tensor(row[name])[None] for name in ("input_ids", "labels"))
-        loss = model(input_ids=ids, labels=labels).loss
-        gradients = torch.autograd.grad(loss, list(adapters.values()))
-        found[f"{index}:loss"] = loss.detach()
-        found |= {f"{index}:{name}": grad for name, grad in zip(adapters, gradients, strict=True)}
-    return found
+def mean_loss(model: Any, row: dict[str, Any]) -> torch.Tensor:
+    """Of a document alone."""
+    ids, labels = (torch.tensor(row[name])[None] for name in ("input_ids", "labels"))
+    return model(input_ids=ids, labels=labels).loss
 
 
 def main() -> None:
@@ -79,7 +71,8 @@ def main() -> None:
     rows = [json.loads(line) for line in (asked.job / "documents.jsonl").read_text().splitlines()]
     trainer = trainer_of(asked, rows)
     if asked.measure == "documents":
-        save_file(documents(trainer.model, rows), asked.out)
+        found = adapter_gradients(trainer.model, rows, lambda row: mean_loss(trainer.model, row))
+        save_file(found, asked.out)
         return
     tokens = sum(len(row["input_ids"]) for row in rows)
     supervised = sum(label != -100 for row in rows for label in row["labels"])

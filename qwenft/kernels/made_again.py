@@ -26,7 +26,7 @@ def made_again(x: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
         make: gives x anew, to the bit, in a storage of its own.
     """
     # torch.autograd.graph.saved_tensors_hooks: those that are set last win, and nothing public tells of others.
-    others = torch._C._autograd._top_saved_tensors_default_hooks(True)  # noqa: SLF001
+    others = torch._C._autograd._top_saved_tensors_default_hooks(True)  # noqa: SLF001 - see above
     if others is not None or not torch.is_grad_enabled():
         yield
         return

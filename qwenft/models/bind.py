@@ -32,9 +32,9 @@ class _BoundAttention:
     def forward(self, hidden_states: torch.Tensor, *args: Any, layout: Any = None, **kwargs: Any) -> Any:
         if layout is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        return self._on_stream(hidden_states[0], kwargs["position_embeddings"], layout)[None], None
+        return self.on_stream(hidden_states[0], kwargs["position_embeddings"], layout)[None], None
 
-    def _on_stream(
+    def on_stream(
         self: Any,
         x_TC: torch.Tensor,
         rotary: tuple[torch.Tensor, ...],
@@ -79,7 +79,7 @@ class _BoundLastLayer:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         x_TC, layout = self.input_layernorm(hidden_states)[0], kwargs["layout"]
         if self.block_type == "full_attention":
-            mixed_SC = self.self_attn._on_stream(x_TC, kwargs["position_embeddings"], layout, wanted)  # noqa: SLF001
+            mixed_SC = self.self_attn.on_stream(x_TC, kwargs["position_embeddings"], layout, wanted)
         else:
             mixed_SC = self.linear_attn(x_TC[None], layout=layout)[0][wanted]
         mixed = hidden_states[:, wanted] + mixed_SC[None]

@@ -81,9 +81,9 @@ class TrainingSpec:
         master_weights: full fine-tuning of bfloat16 weights holds them in float32; else they stay bfloat16 and
             updates are rounded by chance, right on average (stochastic rounding, arXiv:2010.06192).
         loss: cross entropy on supervised tokens: "chunked" keeps no logits and is exact anywhere; "cce" makes
-            none, on a GPU (arXiv:2411.09009); "full" keeps all of them; "auto" chooses. Or a function of your own:
-            ``loss(hidden, batch, head)`` of hidden states [T, H], the batch and the output head gives the weighted
-            sum over the supervised tokens, a float32 scalar; the last layer is then computed for all tokens.
+            none, on a GPU (arXiv:2411.09009); "full" keeps all of them; "auto" is "chunked". Or a function of your
+            own: ``loss(hidden, batch, head)`` of hidden states [T, H], the batch and the output head gives the
+            weighted sum over the supervised tokens, a float32 scalar; it is given the last layer of all tokens.
         z_loss: adds so many times the squared log of the softmax's sum (arXiv:2204.02311, section 5).
         label_smoothing: the share of each target that is spread over the vocabulary.
         neftune_alpha: uniform noise of alpha / sqrt(tokens of the document * hidden size) on embeddings in

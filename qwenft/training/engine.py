@@ -123,6 +123,9 @@ class Prepared:
     def _supervised(self, batch: Batch) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor | None]:
         """Hidden states [S, H] of the supervised positions, the head, their labels and their weights."""
         wanted = supervised_positions(batch.labels)
+        if not len(wanted):
+            # Experts have no answer for no token.
+            return self.hidden(batch), causal_of(self.model).lm_head, batch.labels, batch.weights
         weights = None if batch.weights is None else batch.weights[wanted]
         return self.hidden(batch, wanted), causal_of(self.model).lm_head, batch.labels[wanted], weights
 

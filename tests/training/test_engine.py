@@ -223,3 +223,14 @@ def test_wrong_data_stops_before_any_weight_is_read(dense_checkpoint, tmp_path, 
     with pytest.raises(qf.DataError, match=r"row 21: .*narrator"):
         plan.train(tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_a_micro_batch_without_supervised_tokens_adds_nothing(kind, dense_checkpoint, moe_checkpoint):
+    """A row that trains nothing has loss 0 and a zero gradient, whatever the layers are."""
+    ready = recipe(dense_checkpoint if kind == "dense" else moe_checkpoint).compile().prepare()
+    _, (batch, *_) = next(ready.remaining())
+    loss = ready.loss(attrs.evolve(batch, labels=torch.full_like(batch.labels, -100)))
+    loss.total.backward()
+    assert loss.total.item() == 0.0
+    assert all(p.grad is None or not p.grad.any() for p in ready.trained.values())
