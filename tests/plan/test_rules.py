@@ -716,7 +716,6 @@ def custom_loss(hidden, batch, head):
             "z_loss",
             '"cce" has none\n     Fix: loss="chunked", or no z_loss',
         ),
-        (TrainingSpec(loss="cce"), "loss", '"cce" computes in 16 bits only'),
         (TrainingSpec(patience=2, evaluate_every=5), "patience", "there is no held-out data to judge by"),
         (TrainingSpec(keep_best=True), "keep_best", "there is no held-out data to judge by"),
         (TrainingSpec(patience=2), "patience", "early stopping needs evaluations on the way"),
@@ -805,6 +804,8 @@ def test_cut_cross_entropy_needs_a_gpu_and_a_head_that_is_not_trained():
     assert "the hidden states up in 16 bits" in one(asked, "training.loss", "note", GPU)
     trained = recipe(data=DATA, training=TrainingSpec(loss="cce"), adapter=AdapterSpec.full())
     assert "trained output head up in 16 bits" in one(trained, "training.loss", machine=GPU)
+    wide = recipe(ModelSpec("qwen3.5-4b", dtype="float32"), data=DATA, training=TrainingSpec(loss="cce"))
+    assert '"cce" computes in 16 bits only' in one(wide, "training.loss", machine=GPU)
 
 
 def test_a_loss_that_cannot_be_found_again_is_noted():
