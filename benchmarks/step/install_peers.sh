@@ -4,4 +4,4 @@ set -eu
 cd "$(dirname "$0")/../.."
 python3 -m venv .venv-peers
 .venv-peers/bin/python -m pip install --quiet --disable-pip-version-check \
-    "torch>=2.13,<2.14" "transformers>=5.23,<6" "peft>=0.21,<0.22" "trl==1.16.0" datasets
+    "torch>=2.13,<2.14" "transformers>=5.24,<6" "peft>=0.21,<0.22" "trl==1.16.0" datasets
