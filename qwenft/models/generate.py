@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from qwenft.data.chat import ChatEncoder
+from qwenft.models.bind import causal_of
 
 
 @torch.no_grad()
@@ -33,7 +34,7 @@ def answer(
     encoder = ChatEncoder(tokenizer)
     conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     inputs = tokenizer(encoder.prompt(conversation), return_tensors="pt", add_special_tokens=False)
-    inputs = inputs.to(next(model.parameters()).device)
+    inputs = inputs.to(causal_of(model).lm_head.weight.device)  # the embeddings may be on the host
     was_training = model.training
     model.eval()
     with model.disable_adapter() if base and hasattr(model, "disable_adapter") else nullcontext():

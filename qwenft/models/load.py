@@ -39,7 +39,9 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def load_model(folder: Path, loaded: Architecture, *, dtype: str, device: str = "cpu") -> Any:
+def load_model(
+    folder: Path, loaded: Architecture, *, dtype: str, device: str = "cpu", embeddings_on_host: bool = False
+) -> Any:
     """The weights of a checkpoint folder, `A_log`, `dt_bias` and the GDN norm in float32.
 
     Args:
@@ -47,6 +49,7 @@ def load_model(folder: Path, loaded: Architecture, *, dtype: str, device: str = 
         loaded: the part of it to load: without a tower, the tower's weights are never read.
         dtype: in which the other weights are held.
         device: "cpu" or "cuda".
+        embeddings_on_host: leave the input embeddings on the CPU; they must not be tied.
 
     Returns:
         transformers' ``...ForCausalLM`` or ``...ForConditionalGeneration``.
@@ -77,4 +80,10 @@ def load_model(folder: Path, loaded: Architecture, *, dtype: str, device: str = 
             path=folder,
             missing=missing,
         )
-    return model.to(device)
+    decoder = getattr(model.model, "language_model", model.model)
+    embeddings = decoder.embed_tokens
+    if embeddings_on_host:
+        decoder.embed_tokens = None
+    model.to(device)
+    decoder.embed_tokens = embeddings
+    return model

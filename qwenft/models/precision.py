@@ -74,13 +74,18 @@ class CastLinear(nn.Linear):
 
 
 class CastEmbedding(nn.Embedding):
-    """An embedding that hands its rows on in ``compute_dtype``, and so sets the dtype of the residual stream."""
+    """An embedding that hands its rows on in ``compute_dtype``, and so sets the dtype of the residual stream.
+
+    Its weight may be on another device than the ids; the rows go to where the ids are.
+    """
 
     compute_dtype: torch.dtype
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name that torch gives it
         """[...] to [..., H]."""
-        return _CastLookup.apply(input, self.weight, self.padding_idx, self.compute_dtype)
+        ids = input.to(self.weight.device)
+        rows: torch.Tensor = _CastLookup.apply(ids, self.weight, self.padding_idx, self.compute_dtype)
+        return rows.to(input.device)
 
 
 class CastRouter(moe.Qwen3_5MoeTopKRouter):

@@ -57,20 +57,23 @@ class StateBytes:
     """The bytes of what a run holds from its first step to its last, activations apart.
 
     Args:
-        weights: frozen weights in their stored dtype.
+        weights: frozen weights in their stored dtype, where the model computes.
         trained: trained parameters: float32, or bfloat16 where they are rounded stochastically.
-        gradients: of the trained parameters: float32, or of their dtype where a step is one micro-batch.
+        gradients: of the trained parameters: float32, or of their dtype where a step is one micro-batch; of the
+            largest one where the optimizer steps in backward.
         optimizer: what the optimizer keeps of each trained parameter.
+        on_host: frozen weights that stay in host memory, and are not in the sum.
     """
 
     weights: int
     trained: int
     gradients: int
     optimizer: int
+    on_host: int = 0
 
     @property
     def total(self) -> int:
-        """Their sum."""
+        """What is held where the model computes."""
         return self.weights + self.trained + self.gradients + self.optimizer
 
 
@@ -97,20 +100,24 @@ def state_bytes(
     """
     entries = trained_weights(architecture, adapter)
     replaced = {entry.weight for entry in entries if entry.rank is None}
-    trained = gradients = optimizer = 0
+    trained = gradients = optimizer = on_host = weights = 0
     for entry in entries:
         item = _FLOAT32
         if entry.rank is None and not training.master_weights and not _is_island(entry.weight):
             item = _ITEM_BYTES[dtype]
         trained += item * entry.parameters
-        gradients += (_FLOAT32 if accumulates(training) else item) * entry.parameters
+        if training.optimizer_in_backward:
+            gradients = max(gradients, item * max(entry.sizes))
+        else:
+            gradients += (_FLOAT32 if accumulates(training) else item) * entry.parameters
         optimizer += entry.weight.instances * sum(_optimizer_bytes(size, training) for size in entry.sizes)
-    weights = sum(
-        weight.count * (_FLOAT32 if _is_island(weight) else _ITEM_BYTES[dtype])
-        for weight in inventory(architecture)
-        if weight not in replaced
-    )
-    return StateBytes(weights=weights, trained=trained, gradients=gradients, optimizer=optimizer)
+    for weight in inventory(architecture):
+        held = 0 if weight in replaced else weight.count * (_FLOAT32 if _is_island(weight) else _ITEM_BYTES[dtype])
+        if weight.role == "embeddings" and training.embeddings_on_host:
+            on_host += held
+        else:
+            weights += held
+    return StateBytes(weights=weights, trained=trained, gradients=gradients, optimizer=optimizer, on_host=on_host)
 
 
 def accumulates(training: TrainingSpec) -> bool:

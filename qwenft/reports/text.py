@@ -86,6 +86,7 @@ def facts(plan: TrainingPlan) -> list[tuple[str, str]]:
         ("data", data_text(plan)),
         ("training", training_text(recipe.training)),
         ("state", state_text(plan.state)),
+        ("activations", activations_text(recipe.training)),
         ("disk", disk_text(plan)),
     ]
 
@@ -95,6 +96,7 @@ def training_text(training: TrainingSpec) -> str:
     chosen = training.chosen_loss
     loss = f"; loss {chosen}" if isinstance(chosen, str) else f"; loss {chosen.__name__}()"
     rates = "".join(f", {role} {rate:g}" for role, rate in training.learning_rates)
+    where = " in backward" if training.optimizer_in_backward else ""
     extras = (
         ("LoRA+ ratio", training.lora_plus_ratio if training.lora_plus_ratio != 1 else 0),
         ("NEFTune alpha", training.neftune_alpha),
@@ -105,7 +107,7 @@ def training_text(training: TrainingSpec) -> str:
     )
     listed = "".join(f"; {name} {value:g}" for name, value in extras if value)
     course = f"learning rate {training.learning_rate:g}{rates} ({training.schedule})"
-    return f"{training.optimizer}, {course}{listed}{loss}"
+    return f"{training.optimizer}{where}, {course}{listed}{loss}"
 
 
 def state_text(state: StateBytes) -> str:
@@ -117,7 +119,18 @@ def state_text(state: StateBytes) -> str:
         ("optimizer", state.optimizer),
     )
     listed = ", ".join(f"{name} {bytes_text(count)}" for name, count in parts)
-    return f"{bytes_text(state.total)}: {listed}; activations come on top"
+    on_host = f"; embeddings of {bytes_text(state.on_host)} on the host" if state.on_host else ""
+    return f"{bytes_text(state.total)}: {listed}{on_host}; activations come on top"
+
+
+def activations_text(training: TrainingSpec) -> str:
+    """What of a step is kept for backward, in a sentence."""
+    every = training.activation_checkpointing
+    if not every:
+        return "kept for backward"
+    layers = "every layer" if every == 1 else f"one layer in {every}"
+    kept = "kept on the host until then" if training.activation_offloading else "kept"
+    return f"{layers} computed again in backward, its input {kept}"
 
 
 def disk_text(plan: TrainingPlan) -> str:
@@ -154,7 +167,7 @@ def data_text(plan: TrainingPlan) -> str:
 
 def render_plan(plan: TrainingPlan) -> str:
     """The whole plan."""
-    lines = [f"{name:<10} {value}" for name, value in facts(plan)]
+    lines = [f"{name:<11} {value}" for name, value in facts(plan)]
     rows = table(("role", "modules", "layers", "trained", "of"), coverage_rows(plan), right=(2, 3, 4))
     findings = [f"{_LEVELS[finding.level]}: {finding}" for finding in plan.findings]
     return "\n".join([*lines, "", rows, "", *findings])

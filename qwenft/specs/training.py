@@ -23,6 +23,11 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _every(value: Any) -> Any:
+    """True and False as 1 and 0."""
+    return int(value) if isinstance(value, bool) else value
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -88,7 +93,13 @@ class TrainingSpec:
         label_smoothing: the share of each target that is spread over the vocabulary.
         neftune_alpha: uniform noise of alpha / sqrt(tokens of the document * hidden size) on embeddings in
             training (arXiv:2310.05914).
-        activation_checkpointing: recompute each layer in backward instead of keeping its activations.
+        activation_checkpointing: recompute every n-th layer in backward instead of keeping its activations
+            (arXiv:1604.06174): True or 1 every layer, 2 every second, False or 0 none.
+        activation_offloading: keep what checkpointed layers were given in host memory until backward.
+        optimizer_in_backward: update each parameter as soon as its gradient is whole, and free the gradient
+            (arXiv:2306.09782): the gradients of a model never exist together. A step is one micro-batch then, and
+            cannot be clipped.
+        embeddings_on_host: leave frozen input embeddings in host memory and look tokens up there.
         deterministic: use only algorithms that give the same bits again; on a CPU they all do.
         seed: of shuffling, packing, adapter initialisation, dropout, noise and rounding.
         evaluate_every: steps between evaluations on held-out data; None evaluates before and after only.
@@ -205,8 +216,24 @@ class TrainingSpec:
     neftune_alpha: float = attrs.field(
         default=0.0, kw_only=True, validator=number("TrainingSpec(neftune_alpha=5.0)")
     )
-    activation_checkpointing: bool = attrs.field(
-        default=True, kw_only=True, validator=flag("TrainingSpec(activation_checkpointing=True)")
+    activation_checkpointing: int = attrs.field(
+        default=1,
+        kw_only=True,
+        converter=_every,
+        validator=Check(
+            lambda value: _is_number(value) and isinstance(value, int) and value >= 0,
+            "True, False, or n for every n-th layer",
+            "TrainingSpec(activation_checkpointing=True)",
+        ),
+    )
+    activation_offloading: bool = attrs.field(
+        default=False, kw_only=True, validator=flag("TrainingSpec(activation_offloading=True)")
+    )
+    optimizer_in_backward: bool = attrs.field(
+        default=False, kw_only=True, validator=flag("TrainingSpec(optimizer_in_backward=True)")
+    )
+    embeddings_on_host: bool = attrs.field(
+        default=False, kw_only=True, validator=flag("TrainingSpec(embeddings_on_host=True)")
     )
     deterministic: bool = attrs.field(
         default=False, kw_only=True, validator=flag("TrainingSpec(deterministic=True)")

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qwenft.errors import CheckpointError, DataError, NonFiniteError
+from qwenft.errors import CheckpointError, DataError, NonFiniteError, SpecError
 from qwenft.models.bind import causal_of, hidden_states
 from qwenft.models.loss import supervised_loss, supervised_positions, token_scores
 from qwenft.training.allocator import keep_freed_memory
 from qwenft.training.checkpoint import read_manifest, read_tensors, require_same, write_checkpoint
 from qwenft.training.determinism import deterministic_algorithms
+from qwenft.training.in_backward import step_in_backward
 from qwenft.training.optim import build_optimizer, build_schedule, optimizer_state, restore_optimizer
 from qwenft.training.results import Evaluation, Loss, StepResult
 
@@ -68,7 +69,11 @@ class Prepared:
         self.schedule = build_schedule(self.optimizer, training, corpus.report.steps)
         self.steps_done = 0
         if training.activation_checkpointing:
-            causal_of(model).activation_checkpointing_enable({"use_reentrant": False})
+            causal_of(model).activation_checkpointing_enable(
+                {"use_reentrant": False},
+                every_n_layers=training.activation_checkpointing,
+                offload=training.activation_offloading,
+            )
         self.model.train()
         # Dropout, noise and rounding must not depend on what the process drew before.
         torch.manual_seed(training.seed)
@@ -138,35 +143,62 @@ class Prepared:
 
         Raises:
             DataError: no token is supervised.
-            NonFiniteError: the loss or the gradient is not finite; nothing was changed.
+            NonFiniteError: the loss or the gradient is not finite; nothing was changed, unless it is the gradient
+                and the optimizer steps in backward.
+            SpecError: there are several micro-batches, and the optimizer steps in backward.
         """
         tokens = sum(batch.tokens for batch in batches)
         if not tokens:
             raise DataError("no token of this step is trained", fix="batches of prepared.batches()", row=None)
+        learning_rate = self._learning_rate()
+        update = self._update_in_backward if self.training.optimizer_in_backward else self._update
         with deterministic_algorithms(asked=self.training.deterministic):
-            parts = []
-            for batch in batches:
-                part = self.loss(batch).total / tokens
-                part.backward()
-                parts.append(part.detach())
-            grad_norm = self._clip()
-            losses = torch.stack(parts).tolist()
-            if not all(math.isfinite(value) for value in (*losses, grad_norm)):
-                self.optimizer.zero_grad(set_to_none=True)
-                raise self._not_finite(batches, losses, grad_norm)
-            learning_rate = self._learning_rate()
-            self.optimizer.step()
+            loss, grad_norm = update(batches, tokens)
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         self.steps_done += 1
         return StepResult(
             step=self.steps_done,
-            loss=sum(losses),
+            loss=loss,
             tokens=tokens,
             stream_tokens=sum(batch.layout.total for batch in batches),
             grad_norm=grad_norm,
             learning_rate=learning_rate,
         )
+
+    def _update(self, batches: Sequence[Batch], tokens: float) -> tuple[float, float]:
+        """Change the parameters; the mean loss, and the norm of its gradient."""
+        parts = []
+        for batch in batches:
+            part = self.loss(batch).total / tokens
+            part.backward()
+            parts.append(part.detach())
+        grad_norm = self._clip()
+        losses = torch.stack(parts).tolist()
+        if not all(math.isfinite(value) for value in (*losses, grad_norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise self._not_finite(batches, losses, grad_norm)
+        self.optimizer.step()
+        return sum(losses), grad_norm
+
+    def _update_in_backward(self, batches: Sequence[Batch], tokens: float) -> tuple[float, float]:
+        """The same, parameter by parameter while backward goes on."""
+        if len(batches) != 1:
+            raise SpecError(
+                f"optimizer_in_backward=True: expected one micro-batch a step, got {len(batches)}",
+                fix="prepared.step([batch]), or optimizer_in_backward=False",
+                got=len(batches),
+            )
+        total = self.loss(batches[0]).total / tokens
+        loss = float(total.detach())
+        if not math.isfinite(loss):
+            raise self._not_finite(batches, [loss], math.nan)
+        with step_in_backward(self.optimizer, self.trained.values()) as norms:
+            total.backward()
+        grad_norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+        if not math.isfinite(grad_norm):
+            raise self._not_finite(batches, [loss], grad_norm, changed=True)
+        return loss, grad_norm
 
     @torch.no_grad()
     def evaluate(self, stream: Stream) -> Evaluation:
@@ -247,18 +279,23 @@ class Prepared:
         limit = self.training.max_grad_norm
         return float(torch.nn.utils.clip_grad_norm_(gradients, math.inf if limit is None else limit))
 
-    def _not_finite(self, batches: Sequence[Batch], losses: Sequence[float], grad_norm: float) -> NonFiniteError:
+    def _not_finite(
+        self, batches: Sequence[Batch], losses: Sequence[float], grad_norm: float, *, changed: bool = False
+    ) -> NonFiniteError:
         """The error that names the documents whose own loss is not finite, or those that may have caused it."""
         rows = [batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)] or batches
-        with torch.no_grad():
-            alone = [(document, self.loss(document)) for batch in rows for document in batch.split()]
-        guilty = [document for document, loss in alone if not math.isfinite(float(loss.total))]
+        guilty = []
+        if not changed:
+            with torch.no_grad():
+                alone = [(document, self.loss(document)) for batch in rows for document in batch.split()]
+            guilty = [document for document, loss in alone if not math.isfinite(float(loss.total))]
         documents = [place for document in guilty or rows for place in document.documents]
         listed = ", ".join(f"{file}, row {row}" for file, row in documents[:8])
         more = f" and {len(documents) - 8} more" if len(documents) > 8 else ""
         return NonFiniteError(
             f"step {self.steps_done + 1}: loss {sum(losses)}, gradient norm {grad_norm}; "
-            f"{'in' if guilty else 'in one of'} {listed}{more}",
+            f"{'in' if guilty else 'in one of'} {listed}{more}"
+            + ("; the optimizer stepped in backward: parameters are not finite any more" if changed else ""),
             fix="look at these documents; where they are right, a smaller learning_rate or a longer warmup_ratio",
             step=self.steps_done + 1,
             loss=sum(losses),

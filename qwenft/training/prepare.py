@@ -41,14 +41,14 @@ def prepare_model(
         folder: the checkpoint.
         loaded: the part of its architecture to load.
         adapter: what is trained.
-        training: how trained weights and their gradients are held, and the seed of the adapter's initial values.
+        training: where and how weights and their gradients are held, and the seed of the adapter's initial values.
         backends: of the attention slots, by name.
         dtype: in which frozen weights are held.
         compute_dtype: in which the layers compute.
         device: "cpu" or "cuda".
         source: the checkpoint's name in the adapter's files.
     """
-    model = load_model(folder, loaded, dtype=dtype, device=device)
+    model = load_model(folder, loaded, dtype=dtype, device=device, embeddings_on_host=training.embeddings_on_host)
     bind(model, **backends)
     fuse_elementwise(model)
     compute_in(model, compute_dtype)

@@ -3,12 +3,15 @@ from __future__ import annotations
 import json
 import shutil
 
+import attrs
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qwenft as qf
 from qwenft.models.checkpoint import architecture_of
 from qwenft.models.load import load_model, load_tokenizer
+from qwenft.models.precision import compute_in
 
 
 def test_text_half_never_allocates_the_tower(dense_checkpoint):
@@ -33,6 +36,19 @@ def test_text_only_checkpoints_load_too(dense_checkpoint, tmp_path):
     reloaded = load_model(tmp_path / "text", again, dtype="float32")
     for (name, wanted), got in zip(model.named_parameters(), reloaded.parameters(), strict=True):
         assert torch.equal(wanted, got), name
+
+
+def test_embeddings_may_stay_on_the_host(dense_checkpoint):
+    """They alone are left behind when the model moves, and hand their rows to the device of the ids."""
+    text = attrs.evolve(architecture_of(qf.ModelSpec(dense_checkpoint)).text_only(), tied=False)
+    model = load_model(dense_checkpoint, text, dtype="bfloat16", device="meta", embeddings_on_host=True)
+    places = {name: parameter.device.type for name, parameter in model.named_parameters()}
+    assert [name for name, device in places.items() if device == "cpu"] == ["model.embed_tokens.weight"]
+    assert next(iter(places)) == "model.embed_tokens.weight"  # in its old place among the modules
+    embeddings = compute_in(model, "float32").model.embed_tokens.requires_grad_(requires_grad=False)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        rows = embeddings(torch.zeros(2, 3, dtype=torch.int64, device="cuda"))
+    assert (rows.device.type, rows.dtype) == ("cuda", torch.float32)
 
 
 def test_missing_weights_are_an_error(dense_checkpoint, tmp_path):

@@ -133,4 +133,24 @@ def test_the_state_of_full_fine_tuning_replaces_the_weights(options, expected):
         trained * held + (4 - trained) * gdn,
         gradients * held + (4 - gradients) * gdn,
         optimizer * held,
+        0,
     )
+
+
+def test_the_largest_gradient_is_all_that_a_step_in_backward_holds():
+    """Of full fine-tuning that is the embeddings' or the head's, of LoRA one matrix's."""
+    training = TrainingSpec(optimizer_in_backward=True, max_grad_norm=None)
+    full = state_bytes(DENSE, AdapterSpec.full(), training, "bfloat16")
+    assert full.gradients == 2 * DENSE.vocabulary * DENSE.hidden_size
+    lora = state_bytes(DENSE, LORA.on("full_attention"), training, "bfloat16")
+    assert (
+        lora.gradients == 4 * 16 * 2 * DENSE.query_heads * DENSE.head_dim
+    )  # B of q_proj, which holds the gate too
+
+
+def test_embeddings_on_the_host_are_counted_apart():
+    """Their bytes move out of the sum, and no others."""
+    plain = state_bytes(DENSE, LORA, TrainingSpec(), "bfloat16")
+    moved = state_bytes(DENSE, LORA, TrainingSpec(embeddings_on_host=True), "bfloat16")
+    assert moved.on_host == 2 * DENSE.vocabulary * DENSE.hidden_size
+    assert moved.total + moved.on_host == plain.total

@@ -91,7 +91,25 @@ def test_a_plan_says_what_is_unusual():
     text = Recipe(ModelSpec("qwen3.5-0.8b").with_vision(), adapter=AdapterSpec.full()).compile(slow).explain()
     assert "(with vision tower, bfloat16, computed in float32)" in text
     assert "full fine-tuning: " in text
-    assert "\ndata       none\n" in text
+    assert "\ndata        none\n" in text
+
+
+def test_memory_levers_are_told():
+    """Each of them is in the text of the plan."""
+    training = TrainingSpec(
+        activation_checkpointing=2,
+        activation_offloading=True,
+        optimizer_in_backward=True,
+        max_grad_norm=None,
+        embeddings_on_host=True,
+    )
+    text = Recipe(ModelSpec("qwen3.5-27b"), training=training).compile(GPU).explain()
+    assert "activations one layer in 2 computed again in backward, its input kept on the host until then" in text
+    assert "adamw in backward, " in text
+    assert "; embeddings of 2.4 GiB on the host" in text
+    kept = Recipe(ModelSpec("qwen3.5-27b"), training=TrainingSpec(activation_checkpointing=False))
+    assert "activations kept for backward" in kept.compile(GPU).explain()
+    assert "every layer computed again in backward, its input kept\n" in Recipe(kept.model).compile(GPU).explain()
 
 
 def test_errors_are_in_the_text_of_a_plan_that_is_not_strict():

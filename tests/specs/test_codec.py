@@ -173,8 +173,8 @@ def test_rows_that_were_changed_are_not_taken_for_those_saved(tmp_path, content)
         ),
         (
             TrainingSpec,
-            {"activation_checkpointing": "no"},
-            r"activation_checkpointing: expected True or False, got 'no'",
+            {"optimizer_in_backward": "no"},
+            r"optimizer_in_backward: expected True or False, got 'no'",
         ),
         (TrainingSpec, [], r"TrainingSpec: expected a JSON object, got \[\]"),
         (DataSpec, {"source": ["a"]}, r"DataSpec: required field missing @ \$\.format"),

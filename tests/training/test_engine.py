@@ -76,7 +76,7 @@ def test_bfloat16_gradients_are_added_up_as_float32(dense_checkpoint):
 
 
 def test_activation_checkpointing_is_what_the_recipe_says(dense_checkpoint):
-    """A prepared step computes each Gated DeltaNet layer twice with checkpointing and once without."""
+    """A prepared step computes every, every second or no layer twice, of which three are Gated DeltaNet."""
     calls = []
 
     class Counting(qf.backends.TorchDeltaRule):
@@ -84,12 +84,134 @@ def test_activation_checkpointing_is_what_the_recipe_says(dense_checkpoint):
             calls.append(1)
             return super().delta_rule(*args, **kwargs)
 
-    for checkpointing, expected in ((True, 6), (False, 3)):
+    for checkpointing, expected in ((True, 6), (2, 5), (False, 3)):
         asked = recipe(dense_checkpoint, activation_checkpointing=checkpointing).with_attention(linear=Counting())
         prepared = asked.compile().prepare()
         calls.clear()  # preparing verifies the backend
         prepared.step(next(prepared.batches())[:1])
         assert len(calls) == expected
+
+
+def gradients(prepared, batch):
+    """Of a batch's loss, by name."""
+    prepared.loss(batch).total.backward()
+    found = {name: p.grad.clone() for name, p in prepared.trained.items()}
+    prepared.optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_checkpointing_leaves_gradients_as_they_are(request, kind):
+    """What is computed again is the same to the bit, in every layer and in every second."""
+    checkpoint = request.getfixturevalue(f"{kind}_checkpoint")
+    kept, *again = (
+        gradients(prepared, next(prepared.batches())[0])
+        for prepared in (
+            recipe(checkpoint, activation_checkpointing=every).compile().prepare() for every in (False, True, 2)
+        )
+    )
+    for name, wanted in kept.items():
+        assert all(torch.equal(found[name], wanted) for found in again), name
+
+
+def test_offloading_keeps_what_layers_are_given_on_the_host(dense_checkpoint, monkeypatch):
+    """It is the input of each layer, nothing else, and the gradients stay as they are to the bit."""
+    prepared = recipe(dense_checkpoint).compile().prepare()
+    batch = next(prepared.batches())[0]
+    wanted, offloaded = gradients(prepared, batch), []
+
+    class Unpinned(torch.autograd.graph.save_on_cpu):
+        """As transformers sets it, without pinned memory, which only an accelerator's driver hands out."""
+
+        def __init__(self, pin_memory, device_type):
+            super().__init__(pin_memory=False, device_type=device_type)
+            copy = self.pack_hook
+            self.pack_hook = lambda x: offloaded.append(x.shape) or copy(x)
+
+    monkeypatch.setattr("transformers.modeling_utils.save_on_cpu", Unpinned)
+    offloading = type(prepared)(  # a plan for a CPU refuses it
+        prepared.model,
+        prepared.tokenizer,
+        prepared.corpus,
+        attrs.evolve(prepared.training, activation_offloading=True),
+        device="cpu",
+        role_of=lambda _: "mlp",
+        identity={},
+    )
+    found = gradients(offloading, batch)
+    config = prepared.model.config
+    assert offloaded == [(1, len(batch.input_ids), config.hidden_size)] * config.num_hidden_layers
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("adapter", [None, qf.AdapterSpec.lora(rank=4)], ids=["full", "lora"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_an_optimizer_in_backward_gives_the_same_weights(request, kind, adapter, checkpointing, optimizer):
+    """Three steps end with the same losses, norms and weights, to the bit, and never hold two gradients."""
+    checkpoint = request.getfixturevalue(f"{kind}_checkpoint")
+    results = []
+    for in_backward in (False, True):
+        prepared = (
+            recipe(
+                checkpoint,
+                adapter=adapter,
+                optimizer=optimizer,
+                max_grad_norm=None,
+                activation_checkpointing=checkpointing,
+                optimizer_in_backward=in_backward,
+            )
+            .compile()
+            .prepare()
+        )
+        held = []
+        for p in prepared.trained.values():
+            p.register_post_accumulate_grad_hook(
+                lambda _, trained=prepared.trained, held=held: held.append(
+                    sum(p.grad is not None for p in trained.values())
+                )
+            )
+        steps = [prepared.step(batches) for batches in list(prepared.batches())[:3]]
+        results.append((steps, max(held), prepared.trained))
+    (steps, most, trained), (steps_in_backward, most_in_backward, trained_in_backward) = results
+    assert most == len(trained)
+    assert most_in_backward == 1
+    for wanted, got in zip(steps, steps_in_backward, strict=True):
+        assert got.loss == wanted.loss
+        assert got.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-6)
+    for name, wanted in trained.items():
+        assert torch.equal(trained_in_backward[name], wanted), name
+
+
+def test_an_optimizer_in_backward_rounds_bfloat16_weights_too(dense_checkpoint):
+    """Weights that are rounded by chance are changed in backward, every one, and keep no gradient."""
+    training = {"max_grad_norm": None, "optimizer_in_backward": True, "learning_rate": 0.1}
+    prepared = recipe(dense_checkpoint, dtype="bfloat16", **training).compile().prepare()
+    before = {name: p.detach().clone() for name, p in prepared.trained.items()}
+    prepared.step(next(prepared.batches()))
+    assert not any(torch.equal(p, before[name]) for name, p in prepared.trained.items())
+    assert all(p.grad is None for p in prepared.trained.values())
+
+
+def test_an_optimizer_in_backward_takes_one_micro_batch(dense_checkpoint):
+    """Two are refused, before anything is changed."""
+    training = {"max_grad_norm": None, "optimizer_in_backward": True}
+    prepared = recipe(dense_checkpoint, **training).compile().prepare()
+    batch = next(prepared.batches())[0]
+    with pytest.raises(qf.SpecError, match=r"expected one micro-batch a step, got 2\n\s+Fix: prepared.step"):
+        prepared.step([batch, batch])
+    assert prepared.steps_done == 0
+
+
+def test_an_optimizer_in_backward_says_that_it_changed_what_is_not_finite(dense_checkpoint):
+    """An infinite gradient of a finite loss ends the run, and the message says what it did."""
+    training = {"max_grad_norm": None, "optimizer_in_backward": True, "adapter": qf.AdapterSpec.lora(rank=4)}
+    prepared = recipe(dense_checkpoint, **training).compile().prepare()
+    last = next(reversed(prepared.trained.values()))
+    last.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(qf.NonFiniteError, match=r"in one of .*parameters are not finite any more"):
+        prepared.step(next(prepared.batches()))
 
 
 def test_a_backend_of_a_notebook_trains(dense_checkpoint, tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qwenft.plan.rules import attention, model, run, training
+from qwenft.plan.rules import attention, memory, model, run, training
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,6 +38,10 @@ RULES: tuple[Callable[[Draft], Iterator[Finding]], ...] = (
     training.loss_fields,
     training.cut_cross_entropy,
     training.trained_precision,
+    memory.has_a_host,
+    memory.activation_offloading,
+    memory.optimizer_in_backward,
+    memory.embeddings_on_host,
     training.determinism,
     training.evaluation,
     run.can_run_here,
