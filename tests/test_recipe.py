@@ -71,6 +71,7 @@ CHANGED = {
     "training.weight_decay": PLAIN.with_training(weight_decay=0.1),
     "training.max_grad_norm": PLAIN.with_training(max_grad_norm=None),
     "training.activation_checkpointing": PLAIN.with_training(activation_checkpointing=False),
+    "training.compile_elementwise": PLAIN.with_training(compile_elementwise=True),
     "training.activation_offloading": PLAIN.with_training(activation_offloading=True),
     "training.optimizer_in_backward": PLAIN.with_training(optimizer_in_backward=True),
     "training.embeddings_on_host": PLAIN.with_training(embeddings_on_host=True),

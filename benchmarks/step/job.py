@@ -102,7 +102,8 @@ def write_job(name: str, folder: Path) -> None:
 def data(folder: Path, row_tokens: int) -> qf.DataSpec:
     """The job's conversations, packed."""
     source = qf.DataSpec.messages(folder / "conversations.jsonl")
-    return source.with_max_length(LONGEST, overflow="truncate").pack(row_tokens=row_tokens)
+    source = source.with_max_length(LONGEST, overflow="truncate")
+    return source.pack(row_tokens=row_tokens) if row_tokens else source
 
 
 def joined(conversations: list[list[dict[str, Any]]], tokenizer: Any, count: int) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qwenft.kernels.checks import compute_dtype
+from qwenft.kernels.fusion import fusible
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, gate: Tensor | None = None) -> Tensor:
@@ -49,48 +50,72 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """With r = rsqrt(mean(x^2) + eps), a = d loss / d(x r): d loss / dx = r a - x r^3 mean(a x)."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, gate: Tensor | None, eps: float) -> Tensor:
-        wide = x.to(compute_dtype(x))
-        # In the order of transformers, so that the result is its own to the bit.
-        scale = wide.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+        y, scale = _norm(x, weight, gate, eps)
         ctx.save_for_backward(x, weight, gate, scale)
-        y = (wide * scale).mul_(weight)
-        if gate is not None:
-            y.mul_(F.silu(gate.to(y.dtype)))
-        return y.to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, gate, scale = ctx.saved_tensors
-        wide, grad = x.to(scale.dtype), grad.to(scale.dtype)
-        grad_gate = grad_weight = None
-        if gate is not None:
-            if ctx.needs_input_grad[2]:
-                ungated = (wide * scale).mul_(weight).mul_(grad)
-                grad_gate = torch.ops.aten.silu_backward(ungated, gate.to(scale.dtype)).to(gate.dtype)
-            grad = F.silu(gate.to(scale.dtype)).mul_(grad)
-        if ctx.needs_input_grad[1]:
-            grad_weight = (wide * scale).mul_(grad).flatten(0, -2).sum(dim=0)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            inner = grad * weight
-            mean = (inner * wide).mean(dim=-1, keepdim=True)
-            grad_x = inner.mul_(scale).addcmul_(wide, mean.mul_(scale.pow(3)), value=-1).to(x.dtype)
-        return grad_x, grad_weight, grad_gate, None
+        return *_norm_gradients(grad, x, weight, gate, scale, ctx.needs_input_grad[:3]), None
+
+
+@fusible
+def _norm(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    wide = x.to(compute_dtype(x))
+    # In the order of transformers, so that the result is its own to the bit.
+    scale = wide.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+    y = (wide * scale).mul_(weight)
+    if gate is not None:
+        y.mul_(F.silu(gate.to(y.dtype)))
+    return y.to(x.dtype), scale
+
+
+@fusible
+def _norm_gradients(  # noqa: PLR0917 - as saved
+    grad: Tensor, x: Tensor, weight: Tensor, gate: Tensor | None, scale: Tensor, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """With r = rsqrt(mean(x^2) + eps), a = d loss / d(x r): d loss / dx = r a - x r^3 mean(a x)."""
+    wide, grad = x.to(scale.dtype), grad.to(scale.dtype)
+    grad_x = grad_weight = grad_gate = None
+    if gate is not None:
+        wide_gate = gate.to(scale.dtype)
+        if wanted[2]:
+            ungated = (wide * scale).mul_(weight).mul_(grad)
+            grad_gate = torch.ops.aten.silu_backward(ungated, wide_gate).to(gate.dtype)
+        grad = F.silu(wide_gate).mul_(grad)
+    if wanted[1]:
+        grad_weight = (wide * scale).mul_(grad).flatten(0, -2).sum(dim=0)
+    if wanted[0]:
+        inner = grad * weight
+        mean = (inner * wide).mean(dim=-1, keepdim=True)
+        grad_x = inner.mul_(scale).addcmul_(wide, mean.mul_(scale.pow(3)), value=-1).to(x.dtype)
+    return grad_x, grad_weight, grad_gate
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return _gated(gate, up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gate, up = ctx.saved_tensors
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate) if ctx.needs_input_grad[0] else None
-        grad_up = F.silu(gate).mul_(grad) if ctx.needs_input_grad[1] else None
-        return grad_gate, grad_up
+        return _gated_gradients(grad, gate, up, ctx.needs_input_grad)
+
+
+@fusible
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
+
+
+@fusible
+def _gated_gradients(
+    grad: Tensor, gate: Tensor, up: Tensor, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    grad_gate = torch.ops.aten.silu_backward(grad * up, gate) if wanted[0] else None
+    grad_up = F.silu(gate).mul_(grad) if wanted[1] else None
+    return grad_gate, grad_up

@@ -107,7 +107,8 @@ def training_text(training: TrainingSpec) -> str:
     )
     listed = "".join(f"; {name} {value:g}" for name, value in extras if value)
     course = f"learning rate {training.learning_rate:g}{rates} ({training.schedule})"
-    return f"{training.optimizer}{where}, {course}{listed}{loss}"
+    compiled = "; norms and gates compiled" if training.compile_elementwise else ""
+    return f"{training.optimizer}{where}, {course}{listed}{loss}{compiled}"
 
 
 def state_text(state: StateBytes) -> str:
@@ -179,6 +180,11 @@ def render_run(run: Run) -> str:
     lines = [f"run of {len(steps):,} steps in {run.folder}"]
     if steps:
         lines.append(f"loss {steps[0]['loss']:.4f} to {steps[-1]['loss']:.4f}")
+        compiling, whole = (
+            sum(record.get(name, 0.0) for record in steps) for name in ("compile_seconds", "seconds")
+        )
+        if compiling:
+            lines.append(f"compiling took {compiling:.0f} of its {whole:,.0f} s")
     if run.held_out_losses:
         lines.append(f"held out {run.held_out_losses[0][1]:.4f} to {run.held_out_losses[-1][1]:.4f}")
     if run.best_step is not None and run.ending != "interrupted":

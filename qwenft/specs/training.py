@@ -100,6 +100,8 @@ class TrainingSpec:
             (arXiv:2306.09782): the gradients of a model never exist together. A step is one micro-batch then, and
             cannot be clipped.
         embeddings_on_host: leave frozen input embeddings in host memory and look tokens up there.
+        compile_elementwise: let torch.compile make single kernels of norms and gates. The first steps take seconds
+            longer, which the metrics tell apart; results differ from those of eager code in their last bits.
         deterministic: use only algorithms that give the same bits again; on a CPU they all do.
         seed: of shuffling, packing, adapter initialisation, dropout, noise and rounding.
         evaluate_every: steps between evaluations on held-out data; None evaluates before and after only.
@@ -130,6 +132,7 @@ class TrainingSpec:
         "warmup_steps": "warmup_ratio=0.03",
         "optim": 'optimizer="adamw"',
         "gradient_checkpointing": "activation_checkpointing=True",
+        "torch_compile": "compile_elementwise=True",
         "neftune_noise_alpha": "neftune_alpha=5.0",
         "loraplus_lr_ratio": "lora_plus_ratio=16.0",
         "label_smoothing_factor": "label_smoothing=0.1",
@@ -234,6 +237,9 @@ class TrainingSpec:
     )
     embeddings_on_host: bool = attrs.field(
         default=False, kw_only=True, validator=flag("TrainingSpec(embeddings_on_host=True)")
+    )
+    compile_elementwise: bool = attrs.field(
+        default=False, kw_only=True, validator=flag("TrainingSpec(compile_elementwise=True)")
     )
     deterministic: bool = attrs.field(
         default=False, kw_only=True, validator=flag("TrainingSpec(deterministic=True)")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qwenft.errors import CheckpointError, DataError, NonFiniteError, SpecError
+from qwenft.kernels.fusion import compile_seconds, fusion
 from qwenft.models.bind import causal_of, hidden_states
 from qwenft.models.loss import supervised_loss, supervised_positions, token_scores
 from qwenft.training.allocator import keep_freed_memory
@@ -105,7 +107,8 @@ class Prepared:
     def hidden(self, batch: Batch, wanted: torch.Tensor | None = None) -> torch.Tensor:
         """What the output head is given for all T tokens or S wanted ones; with NEFTune's noise in training."""
         alpha = self.training.neftune_alpha if self.model.training else 0.0
-        return hidden_states(self.model, batch.input_ids, batch.layout, wanted=wanted, neftune_alpha=alpha)
+        with fusion(asked=self.training.compile_elementwise):
+            return hidden_states(self.model, batch.input_ids, batch.layout, wanted=wanted, neftune_alpha=alpha)
 
     def loss(self, batch: Batch) -> Loss:
         """The recipe's loss of a micro-batch, with its graph.
@@ -150,9 +153,9 @@ class Prepared:
         tokens = sum(batch.tokens for batch in batches)
         if not tokens:
             raise DataError("no token of this step is trained", fix="batches of prepared.batches()", row=None)
-        learning_rate = self._learning_rate()
+        learning_rate, compiled_before = self._learning_rate(), compile_seconds()
         update = self._update_in_backward if self.training.optimizer_in_backward else self._update
-        with deterministic_algorithms(asked=self.training.deterministic):
+        with self._algorithms():
             loss, grad_norm = update(batches, tokens)
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
@@ -164,7 +167,16 @@ class Prepared:
             stream_tokens=sum(batch.layout.total for batch in batches),
             grad_norm=grad_norm,
             learning_rate=learning_rate,
+            compile_seconds=compile_seconds() - compiled_before,
         )
+
+    @contextmanager
+    def _algorithms(self) -> Iterator[None]:
+        with (
+            deterministic_algorithms(asked=self.training.deterministic),
+            fusion(asked=self.training.compile_elementwise),
+        ):
+            yield
 
     def _update(self, batches: Sequence[Batch], tokens: float) -> tuple[float, float]:
         """Change the parameters; the mean loss, and the norm of its gradient."""
@@ -206,7 +218,7 @@ class Prepared:
         was_training = self.model.training
         self.model.eval()
         loss = correct = tokens = 0.0
-        with deterministic_algorithms(asked=self.training.deterministic):
+        with self._algorithms():
             for row in stream.rows():
                 batch = stream.batch(row).to(self.device)
                 scores = token_scores(*self._supervised(batch))

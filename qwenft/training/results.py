@@ -35,6 +35,7 @@ class StepResult:
         stream_tokens: all of its tokens.
         grad_norm: of all gradients together, before clipping.
         learning_rate: that it used, where a role has none of its own.
+        compile_seconds: that torch.compile took of it.
     """
 
     step: int
@@ -43,6 +44,7 @@ class StepResult:
     stream_tokens: int
     grad_norm: float
     learning_rate: float
+    compile_seconds: float
 
 
 @attrs.frozen

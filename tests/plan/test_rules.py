@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 
 import pytest
 
@@ -825,6 +826,18 @@ def test_an_optimizer_in_backward_says_its_price():
     asked = recipe(training=TrainingSpec(optimizer_in_backward=True, max_grad_norm=None))
     assert found(asked, "training.optimizer_in_backward", machine=GPU) == []
     assert "other parameters have been updated" in one(asked, "training.optimizer_in_backward", "note", GPU)
+
+
+def test_compilation_needs_a_compiler(monkeypatch):
+    """Without one it is blocked where the run would be, and nowhere else."""
+    asked = recipe(training=TrainingSpec(compile_elementwise=True))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PATH", "")
+    text = one(asked, "training.compile_elementwise", "blocked")
+    assert text.endswith("none is found\n     Fix: install g++, or compile_elementwise=False")
+    assert found(asked, "training.compile_elementwise", "blocked", GPU) == []
+    monkeypatch.setenv("CXX", sys.executable)
+    assert found(asked, "training.compile_elementwise", "blocked") == []
 
 
 def test_what_does_not_repeat_on_a_gpu_is_told():

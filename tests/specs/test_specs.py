@@ -339,6 +339,7 @@ ILL_TYPED = [
         "True, False, or n for every n-th layer",
         [-1, None, "yes", 1.5, [1]],
     ),
+    (TrainingSpec, "compile_elementwise", "True or False", NOT_FLAG),
     (TrainingSpec, "activation_offloading", "True or False", NOT_FLAG),
     (TrainingSpec, "optimizer_in_backward", "True or False", NOT_FLAG),
     (TrainingSpec, "embeddings_on_host", "True or False", NOT_FLAG),

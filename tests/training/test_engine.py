@@ -194,6 +194,27 @@ def test_an_optimizer_in_backward_rounds_bfloat16_weights_too(dense_checkpoint):
     assert all(p.grad is None for p in prepared.trained.values())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at what it is given
+def test_compiled_kernels_train_alike_and_say_what_compiling_took(dense_checkpoint, tmp_path):
+    """Losses stay those of eager code to float32's rounding; the metrics tell the seconds of the compiler apart."""
+    eager, compiled = (
+        recipe(dense_checkpoint, max_steps=3, compile_elementwise=asked)
+        .compile()
+        .train(tmp_path / str(asked), progress=False)
+        for asked in (False, True)
+    )
+    for wanted, got in zip(eager.history, compiled.history, strict=True):
+        assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+        assert got["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
+        assert wanted["compile_seconds"] == 0
+    first, *_, last = (record["compile_seconds"] for record in compiled.history)
+    assert 0 < first < compiled.history[0]["seconds"]
+    assert last == 0
+    assert "compiling took " in repr(compiled)
+    assert "compiling" not in repr(eager)
+
+
 def test_an_optimizer_in_backward_takes_one_micro_batch(dense_checkpoint):
     """Two are refused, before anything is changed."""
     training = {"max_grad_norm": None, "optimizer_in_backward": True}

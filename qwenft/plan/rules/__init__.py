@@ -42,6 +42,7 @@ RULES: tuple[Callable[[Draft], Iterator[Finding]], ...] = (
     memory.activation_offloading,
     memory.optimizer_in_backward,
     memory.embeddings_on_host,
+    training.compilation,
     training.determinism,
     training.evaluation,
     run.can_run_here,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from os import environ
+from shutil import which
 from typing import TYPE_CHECKING
 
 import attrs
@@ -116,6 +118,19 @@ def trained_precision(draft: Draft) -> Iterator[Finding]:
             "weights are trained in bfloat16, and updates rounded stochastically; "
             "master_weights=True holds them in float32",
         )
+
+
+def compilation(draft: Draft) -> Iterator[Finding]:
+    """Compile where there is a compiler."""
+    if not draft.training.compile_elementwise or not draft.here:
+        return
+    place, instead = "training.compile_elementwise", "compile_elementwise=False"
+    if draft.machine.device == "cuda" and find_spec("triton") is None:
+        yield blocked(
+            place, "torch.compile needs Triton, which is not installed", f"pip install triton, or {instead}"
+        )
+    elif draft.machine.device == "cpu" and not any(map(which, (environ.get("CXX", "g++"), "clang++"))):
+        yield blocked(place, "torch.compile needs a C++ compiler, and none is found", f"install g++, or {instead}")
 
 
 def determinism(draft: Draft) -> Iterator[Finding]:
