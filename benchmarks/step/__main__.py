@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from ceiling import flops, products, rate
 from job import write_job
+from measuring import documents_of
 from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
@@ -42,7 +44,8 @@ class Harness:
         """The file that a side leaves."""
         out = self.job / f"{side}-{what}"
         python, script = (sys.executable, "ours.py") if side == "ours" else (str(PEERS), "trainers.py")
-        options = {"job": self.job, "trainer": side, "measure": what, "out": out, "threads": self.asked.threads}
+        threads = self.asked.threads if what == "pass" else os.cpu_count()
+        options = {"job": self.job, "trainer": side, "measure": what, "out": out, "threads": threads}
         command = [python, str(HERE / script), *(f"--{name}={value}" for name, value in options.items())]
         command.append("--checkpointing" if self.asked.checkpointing else "--no-checkpointing")
         run = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own scripts
@@ -96,7 +99,7 @@ def main() -> None:
 
 def measured(asked: argparse.Namespace, harness: Harness, job: Path) -> dict[str, Any]:
     """Everything about a job, as JSON values."""
-    rows = [json.loads(line) for line in (job / "documents.jsonl").read_text().splitlines()]
+    rows = documents_of(job)
     lengths = [len(row["input_ids"]) for row in rows]
     supervised = sum(label != -100 for row in rows for label in row["labels"])
     sides = ("ours", asked.against)

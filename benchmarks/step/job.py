@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import math
-import random
 from importlib import resources
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -65,7 +65,7 @@ JOBS = {
             "linear_num_value_heads": 16,
         },
         vocabulary=248_320,
-        documents=4,
+        documents=3,
     ),
 }
 
@@ -88,7 +88,7 @@ def write_job(name: str, folder: Path) -> None:
     rows = joined(conversations, AutoTokenizer.from_pretrained(folder / "model"), job.documents)
     _write_lines(folder / "conversations.jsonl", rows)
     encoder = ChatEncoder(AutoTokenizer.from_pretrained(folder / "model"))
-    encoded = encoder.encode(data(folder, LONGEST))
+    encoded = encoder.encode(data(folder))
     _write_lines(
         folder / "documents.jsonl",
         [
@@ -99,20 +99,22 @@ def write_job(name: str, folder: Path) -> None:
     )
 
 
-def data(folder: Path, row_tokens: int) -> qf.DataSpec:
-    """The job's conversations, packed."""
+def data(folder: Path, longest: int = LONGEST) -> qf.DataSpec:
+    """The job's conversations, packed into rows of ``longest`` tokens."""
     source = qf.DataSpec.messages(folder / "conversations.jsonl")
-    source = source.with_max_length(LONGEST, overflow="truncate")
-    return source.pack(row_tokens=row_tokens) if row_tokens else source
+    return source.with_max_length(longest, overflow="truncate").pack()
 
 
 def joined(conversations: list[list[dict[str, Any]]], tokenizer: Any, count: int) -> list[dict[str, Any]]:
-    """So many rows of whole conversations one after the other, of log-normal lengths in tokens."""
-    chance = random.Random(0)
+    """So many rows of whole conversations one after the other, of log-normal lengths in tokens.
+
+    The lengths are the distribution's quantiles, so that a few documents spread as many would.
+    """
+    lengths = NormalDist(math.log(450), 0.9)
     rest = map(_by_the_talkative, conversations)
     rows: list[dict[str, Any]] = []
-    for _ in range(count):
-        target = min(max(math.exp(chance.gauss(math.log(450), 0.9)), SHORTEST), LONGEST)
+    for index in range(count):
+        target = min(max(math.exp(lengths.inv_cdf((index + 0.5) / count)), SHORTEST), LONGEST)
         messages: list[dict[str, Any]] = []
         tokens = 0
         while tokens < target:

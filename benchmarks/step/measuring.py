@@ -6,6 +6,7 @@ Needs nothing but torch, so that it runs beside any trainer.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 import weakref
 import zlib
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 RANK = 16  # of every adapter
-_NO_KERNELS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view"}
+_VIEWS = {"set_", "detach", "_unsafe_view"}
+_NO_KERNELS = _VIEWS | {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
 class Counter(TorchDispatchMode):
@@ -126,6 +128,11 @@ def adapter_gradients(
     return found
 
 
+def documents_of(job: Path) -> list[dict[str, Any]]:
+    """The tokens and labels of a job's documents."""
+    return [json.loads(line) for line in (job / "documents.jsonl").read_text().splitlines()]
+
+
 def arguments(description: str) -> argparse.Namespace:
     """What every side is called with."""
     parser = argparse.ArgumentParser(description=description)
@@ -134,7 +141,6 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--measure", choices=["pass", "counts", "documents"], required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--row-tokens", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False)
     asked = parser.parse_args()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 from job import data
-from measuring import RANK, adapter_gradients, arguments, measured_pass
+from measuring import RANK, adapter_gradients, arguments, documents_of, measured_pass
 from safetensors.torch import save_file
 
 import qwenft as qf
 from qwenft.data.stream import Batch
+from qwenft.kernels import gated_delta_rule, short_conv
+from qwenft.models import loss
 
 if TYPE_CHECKING:
     import argparse
@@ -24,7 +27,8 @@ def prepared(asked: argparse.Namespace) -> Prepared:
     """The job's recipe, ready."""
     recipe = qf.Recipe(
         qf.ModelSpec(asked.job / "model", dtype="float32"),
-        data(asked.job, asked.row_tokens),
+        # No micro-batch is larger than the largest of the other side.
+        data(asked.job, max(len(row["input_ids"]) for row in documents_of(asked.job))),
         qf.AdapterSpec.lora(rank=RANK, alpha=RANK).on(
             "full_attention", "linear_attention", "linear_attention_gates", "mlp"
         ),
@@ -44,6 +48,9 @@ def main() -> None:
     asked = arguments(__doc__)
     ready = prepared(asked)
 
+    if asked.measure == "counts":
+        # A processor's cache is fed in blocks; counted is what a GPU would launch.
+        short_conv.BLOCK_BYTES = gated_delta_rule.GROUP_ROWS = loss.CACHED_BYTES = sys.maxsize
     if asked.measure == "documents":
         documents = ready.corpus.train.documents
         found = adapter_gradients(ready.model, documents, lambda document: mean_loss(ready, document))

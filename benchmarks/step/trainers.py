@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import torch
 import transformers
-from measuring import RANK, adapter_gradients, arguments, measured_pass
+from measuring import RANK, adapter_gradients, arguments, documents_of, measured_pass
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
@@ -68,7 +68,7 @@ def mean_loss(model: Any, row: dict[str, Any]) -> torch.Tensor:
 def main() -> None:
     """Measure what was asked."""
     asked = arguments(__doc__)
-    rows = [json.loads(line) for line in (asked.job / "documents.jsonl").read_text().splitlines()]
+    rows = documents_of(asked.job)
     trainer = trainer_of(asked, rows)
     if asked.measure == "documents":
         found = adapter_gradients(trainer.model, rows, lambda row: mean_loss(trainer.model, row))

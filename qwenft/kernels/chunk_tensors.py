@@ -81,10 +81,11 @@ class ChunkTensors:
         """B * V, the batch of the products over value heads."""
         return self.v.shape[0] * self.v.shape[1]
 
-    def scaled(self, x: Tensor, factor: Tensor) -> Tensor:
-        """The rows of q or k, one copy a value head, times [B, V, C]: [B V, C, D]."""
-        B, K, C, D = x.shape
-        return (x[:, :, None] * factor.view(B, K, -1, C, 1)).view(self.rows, C, D)
+    def scaled(self, x: Tensor, factor: Tensor, first: int = 0) -> Tensor:
+        """The rows of q or k, one copy a value head, times [B, V, C]: [B V, C, D]; from chunk ``first`` on."""
+        C, D = x.shape[2:]
+        shared = factor.shape[1] // x.shape[1]
+        return (x[first:, :, None] * factor[first:].unflatten(1, (-1, shared))[..., None]).view(-1, C, D)
 
     def products(self, x: Tensor) -> Tensor:
         """decay_ij (x_i . k_j) of q or k: [B, V, C, C]."""
@@ -94,10 +95,9 @@ class ChunkTensors:
 
     def over_values(self, x: Tensor) -> Tensor:
         """[B V, C, X] summed over the value heads that share a key head: [B, K, C, X]."""
-        B, K, C, _ = self.k.shape
-        return x.view(B, K, -1, C, x.shape[-1]).sum(2)
+        K, shared = self.k.shape[1], self.v.shape[1] // self.k.shape[1]
+        return x.view(-1, K, shared, *x.shape[1:]).sum(2)
 
     def dot(self, x: Tensor, y: Tensor) -> Tensor:
         """Row by row dots of [B V, C, D] with q or k: [B, V, C]."""
-        B, K, C, D = y.shape
-        return (x.view(B, K, -1, C, D) * y[:, :, None]).sum(-1).view(B, -1, C)
+        return (x.view(len(y), y.shape[1], -1, *y.shape[2:]) * y[:, :, None]).sum(-1).flatten(1, 2)

@@ -31,9 +31,16 @@ class Span:
     documents: int
     going_on: int
 
-    def rows(self, heads: int, documents: int) -> slice:
-        """The rows of the first ``documents`` chunks in tensors that flatten the group's chunks and heads."""
-        return slice(self.chunk * heads, (self.chunk + documents) * heads)
+    def rows(self, heads: int, documents: int, first: int = 0) -> slice:
+        """The rows of the first ``documents`` chunks in tensors that flatten the group's chunks and heads.
+
+        Args:
+            heads: of the tensors.
+            documents: how many.
+            first: the group's chunk that the tensors begin with.
+        """
+        chunk = self.chunk - first
+        return slice(chunk * heads, (chunk + documents) * heads)
 
     def carried(self, heads: int, documents: int) -> slice:
         """The rows of the same documents in tensors that flatten all documents and heads."""
@@ -47,7 +54,7 @@ class Group:
     Args:
         chunks: B.
         spans: in the order of the scan.
-        is_first: these are the first chunks of their documents; a group never mixes first and later ones.
+        fresh: how many of these, the first ones, begin their documents.
         stretch: the tokens, where they follow each other in the stream and fill the chunks.
         tokens: [B * C] int64, the token at each place; any token at a place after a document's end.
         filled: int64, the places that hold a token.
@@ -57,7 +64,7 @@ class Group:
 
     chunks: int
     spans: tuple[Span, ...]
-    is_first: bool
+    fresh: int
     stretch: slice | None
     tokens: Tensor
     filled: Tensor
@@ -124,7 +131,7 @@ class ChunkPlan:
                 documents = min(size, active[step] - document)
                 going_on = min(max(active[step + 1] - document, 0), documents)
                 taken = sum(span.documents for _, span in pending)
-                if pending and (taken + documents > size or pending[0][0] == 0 < step):
+                if pending and taken + documents > size:
                     groups.append(_group(layout, order, pending))
                     pending, taken = [], 0
                 pending.append((step, Span(taken, document, documents, going_on)))
@@ -146,7 +153,7 @@ def _group(layout: SequenceLayout, order: list[int], steps_and_spans: list[tuple
     return Group(
         chunks=len(starts),
         spans=tuple(span for _, span in steps_and_spans),
-        is_first=steps_and_spans[0][0] == 0,
+        fresh=sum(span.documents for step, span in steps_and_spans if step == 0),
         stretch=slice(first, first + len(tokens)) if follows else None,
         tokens=tokens.to(layout.device),
         filled=holds.nonzero().flatten().to(layout.device),

@@ -135,11 +135,11 @@ class _ChunkedRule(torch.autograd.Function):
             for group in plan.groups:
                 chunks = ChunkTensors.cut(inputs, group)
                 inverse = _inverse(chunks)
-                reads = initial_state is not None or not group.is_first
-                states, writes = _scan(chunks, inverse, carry, group, reads=reads, keeps_last=return_state)
+                fresh = group.fresh if initial_state is None else 0
+                states, writes = _scan(chunks, inverse, carry, group, fresh=fresh, keeps_last=return_state)
                 result = torch.bmm(chunks.products(chunks.q).view(inverse.shape), writes)
-                if states is not None:
-                    result.baddbmm_(chunks.scaled(chunks.q, chunks.from_start), states)
+                if len(states):
+                    result[-len(states) :].baddbmm_(chunks.scaled(chunks.q, chunks.from_start, fresh), states)
                 group.scatter(result.view(chunks.v.shape), output)
                 if any(ctx.needs_input_grad):
                     saved += [states, writes, inverse]
@@ -163,9 +163,9 @@ class _ChunkedRule(torch.autograd.Function):
             for number, group in reversed(list(enumerate(plan.groups))):
                 kept = _Kept(ChunkTensors.cut(inputs, group), *saved[3 * number : 3 * number + 3])
                 output_grad = group.gather(grad_output, carry.dtype).view(kept.writes.shape)
-                carries = wants_initial or not group.is_first
+                fresh = 0 if wants_initial else group.fresh
                 scanned = _scan_backwards(
-                    kept, output_grad, carry, group, carries=carries, has_last=grad_final is not None
+                    kept, output_grad, carry, group, fresh=fresh, has_last=grad_final is not None
                 )
                 for grad, stream in zip(_input_gradients(kept, output_grad, scanned), grads, strict=True):
                     group.scatter(grad, stream)
@@ -199,25 +199,27 @@ def _inverse(chunks: ChunkTensors) -> Tensor:
 
 
 def _scan(
-    chunks: ChunkTensors, inverse: Tensor, carry: Tensor, group: Group, *, reads: bool, keeps_last: bool
-) -> tuple[Tensor | None, Tensor]:
+    chunks: ChunkTensors, inverse: Tensor, carry: Tensor, group: Group, *, fresh: int, keeps_last: bool
+) -> tuple[Tensor, Tensor]:
     """Carry the states of the documents through a group, in place.
 
     Returns:
-        The state before each chunk [B V, D, E], or None where nothing ``reads`` it, and the writes u [B V, C, E].
+        The state before each chunk but the ``fresh`` first ones, where it is zero, [(B - fresh) V, D, E], and the
+        writes u [B V, C, E].
     """
     heads = chunks.v.shape[1]
     wanted = (chunks.v * chunks.beta[..., None]).view(chunks.rows, CHUNK, -1)
     writes = torch.empty_like(wanted)
     writers = chunks.scaled(chunks.k, chunks.to_end)
-    readers = chunks.scaled(chunks.k, chunks.beta * chunks.from_start) if reads else None
-    states = carry.new_empty(chunks.rows, *carry.shape[1:]) if reads else None
+    readers = chunks.scaled(chunks.k, chunks.beta * chunks.from_start, fresh)
+    states = carry.new_empty(len(readers), *carry.shape[1:])
     whole = chunks.whole.view(-1, 1, 1)
     for span in group.spans:
         rows = span.rows(heads, span.documents)
-        if states is not None and readers is not None:
-            states[rows] = carry[span.carried(heads, span.documents)]
-            wanted[rows].baddbmm_(readers[rows], states[rows], alpha=-1)
+        if span.chunk >= fresh:
+            later = span.rows(heads, span.documents, fresh)
+            states[later] = carry[span.carried(heads, span.documents)]
+            wanted[rows].baddbmm_(readers[later], states[later], alpha=-1)
         torch.bmm(inverse[rows], wanted[rows], out=writes[rows])
         going = span.documents if keeps_last else span.going_on
         if going:
@@ -231,9 +233,14 @@ class _Kept:
     """What the backward pass has of a group: its tensors, made again, and what forward saved."""
 
     chunks: ChunkTensors
-    states: Tensor | None
+    states: Tensor
     writes: Tensor
     inverse: Tensor
+
+    @property
+    def fresh(self) -> int:
+        """How many chunks, the first ones, have no state before them."""
+        return (len(self.writes) - len(self.states)) // self.chunks.v.shape[1]
 
 
 @attrs.frozen(eq=False)
@@ -243,7 +250,7 @@ class _Scanned:
     Args:
         solved: [B V, C, E], r.
         write_k: [B V, C, D], u dS'^T, zero where no state is handed on.
-        grad_whole: [B V], S . dS', the gradient of the chunk's whole decay.
+        grad_whole: [B V, 1, 1], S . dS', the gradient of the chunk's whole decay.
     """
 
     solved: Tensor
@@ -252,31 +259,36 @@ class _Scanned:
 
 
 def _scan_backwards(
-    kept: _Kept, output_grad: Tensor, carry: Tensor, group: Group, *, carries: bool, has_last: bool
+    kept: _Kept, output_grad: Tensor, carry: Tensor, group: Group, *, fresh: int, has_last: bool
 ) -> _Scanned:
-    """Carry the gradients of the states through a group, from its last span to its first, in place."""
+    """Carry the gradients of the states through a group, from its last span to its first, in place.
+
+    The ``fresh`` first chunks hand none on.
+    """
     chunks, heads = kept.chunks, kept.chunks.v.shape[1]
     writers = chunks.scaled(chunks.k, chunks.to_end)
-    readers = chunks.scaled(chunks.k, chunks.beta * chunks.from_start) if carries else writers
-    askers = chunks.scaled(chunks.q, chunks.from_start) if carries else writers
+    readers = chunks.scaled(chunks.k, chunks.beta * chunks.from_start, fresh)
+    askers = chunks.scaled(chunks.q, chunks.from_start, fresh)
     whole = chunks.whole.view(-1, 1, 1)
     write_grads = torch.bmm(chunks.products(chunks.q).view(kept.inverse.shape).mT, output_grad)
     solved, write_k = torch.empty_like(write_grads), torch.zeros_like(writers)
-    grad_whole = whole.new_zeros(chunks.rows)
+    grad_whole = torch.zeros_like(whole)
     for span in reversed(group.spans):
         going = span.documents if has_last else span.going_on
         if going:
             rows, after = span.rows(heads, going), carry[span.carried(heads, going)]
             write_grads[rows].baddbmm_(writers[rows], after)
             torch.bmm(kept.writes[rows], after.mT, out=write_k[rows])
-            if kept.states is not None:
-                grad_whole[rows] = (kept.states[rows] * after).sum((1, 2))
+            if span.chunk >= kept.fresh:
+                before = kept.states[span.rows(heads, going, kept.fresh)]
+                torch.bmm(before.flatten(1)[:, None], after.flatten(1)[..., None], out=grad_whole[rows])
         rows = span.rows(heads, span.documents)
         torch.bmm(kept.inverse[rows].mT, write_grads[rows], out=solved[rows])
-        if carries:
-            before = carry[span.carried(heads, span.documents)].mul_(whole[rows])
-            before.baddbmm_(askers[rows].mT, output_grad[rows])
-            before.baddbmm_(readers[rows].mT, solved[rows], alpha=-1)
+        if span.chunk >= fresh:
+            later = span.rows(heads, span.documents, fresh)
+            grads = carry[span.carried(heads, span.documents)].mul_(whole[rows])
+            grads.baddbmm_(askers[later].mT, output_grad[rows])
+            grads.baddbmm_(readers[later].mT, solved[rows], alpha=-1)
     return _Scanned(solved, write_k, grad_whole)
 
 
@@ -294,14 +306,16 @@ def _input_gradients(kept: _Kept, output_grad: Tensor, scanned: _Scanned) -> tup
     by_state_k = scanned.write_k.mul_(chunks.to_end.view(-1, CHUNK, 1))
 
     # Through the state before it, which q reads for the output and k for the correction.
-    if kept.states is not None:
-        state_q = torch.bmm(output_grad, kept.states.mT)
-        state_k = torch.bmm(scanned.solved, kept.states.mT)
-        read = chunks.dot(state_k, chunks.k) * chunks.from_start
-        grad_c += chunks.dot(state_q, chunks.q) * chunks.from_start - read * chunks.beta
-        grad_beta -= read
-        by_state_k.addcmul_(state_k, (chunks.beta * chunks.from_start).view(-1, CHUNK, 1), value=-1)
-        q_parts += chunks.over_values(state_q.mul_(chunks.from_start.view(-1, CHUNK, 1)))
+    if rows := len(kept.states):
+        first = kept.fresh
+        from_start, beta = chunks.from_start[first:], chunks.beta[first:]
+        state_q = torch.bmm(output_grad[-rows:], kept.states.mT)
+        state_k = torch.bmm(scanned.solved[-rows:], kept.states.mT)
+        read = chunks.dot(state_k, chunks.k[first:]) * from_start
+        grad_c[first:] += chunks.dot(state_q, chunks.q[first:]) * from_start - read * beta
+        grad_beta[first:] -= read
+        by_state_k[-rows:].addcmul_(state_k, (beta * from_start).view(-1, CHUNK, 1), value=-1)
+        q_parts[first:] += chunks.over_values(state_q.mul_(from_start.reshape(-1, CHUNK, 1)))
     k_parts += chunks.over_values(by_state_k)
 
     return (

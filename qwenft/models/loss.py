@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Large products run nearer to what a processor can do, and what is made of logits is faster in its caches.
 _LOGIT_BYTES = 160 * 2**20  # float32 logits of a chunk
-_CACHED_BYTES = 16 * 2**20  # those of them that are made gradients at a time
+CACHED_BYTES = 16 * 2**20  # those of them that are made gradients at a time
 _CAST_BYTES = 4 * 2**20  # the part of a head in another dtype that is cast at a time
 
 
@@ -165,7 +165,8 @@ class _ChunkedLoss(torch.autograd.Function):
         for part in parts:
             logits = buffer[: part.stop - part.start]
             _logits(hidden[part], weight, logits)
-            for rows in _parts(len(logits), _CACHED_BYTES, len(weight)):
+            cached = CACHED_BYTES if logits.device.type == "cpu" else _LOGIT_BYTES
+            for rows in _parts(len(logits), cached, len(weight)):
                 total += _differentiate(logits[rows], labels[part][rows], weights[part][rows], terms)
             grad = logits.to(hidden.dtype)
             if grad_hidden is not None:

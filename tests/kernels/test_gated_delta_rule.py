@@ -337,11 +337,14 @@ def test_documents_with_most_chunks_come_first():
     layout = SequenceLayout([3, 130, 65])
     plan = ChunkPlan.of(layout, 100)
     assert plan.order.tolist() == [1, 2, 0]
-    first, later = plan.groups
-    assert first.spans == (Span(chunk=0, document=0, documents=3, going_on=2),)
-    assert later.spans == (Span(0, 0, documents=2, going_on=1), Span(2, 0, documents=1, going_on=0))
-    assert [first.is_first, later.is_first] == [True, False]
-    assert first.tokens[:3].tolist() == [3, 4, 5]
+    (group,) = plan.groups
+    assert group.spans == (
+        Span(chunk=0, document=0, documents=3, going_on=2),
+        Span(3, 0, documents=2, going_on=1),
+        Span(5, 0, documents=1, going_on=0),
+    )
+    assert group.fresh == 3
+    assert group.tokens[:3].tolist() == [3, 4, 5]
     assert ChunkPlan.of(layout, 100) is plan
 
 
@@ -349,7 +352,8 @@ def test_a_wide_step_is_split_over_groups():
     """More documents than a group holds are taken in several spans of the same step."""
     plan = ChunkPlan.of(SequenceLayout([65, 1, 1]), 2)
     spans = [group.spans for group in plan.groups]
-    assert spans == [(Span(0, 0, 2, going_on=1),), (Span(0, 2, 1, going_on=0),), (Span(0, 0, 1, going_on=0),)]
+    assert spans == [(Span(0, 0, 2, going_on=1),), (Span(0, 2, 1, going_on=0), Span(1, 0, 1, going_on=0))]
+    assert [group.fresh for group in plan.groups] == [2, 1]
 
 
 @pytest.mark.parametrize("lengths", [[3, 70], [192], [128, 64], [130]])

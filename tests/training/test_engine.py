@@ -195,7 +195,9 @@ def test_an_optimizer_in_backward_rounds_bfloat16_weights_too(dense_checkpoint):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at what it is given
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning"
+)  # dynamo looks at what it is given
 def test_compiled_kernels_train_alike_and_say_what_compiling_took(dense_checkpoint, tmp_path):
     """Losses stay those of eager code to float32's rounding; the metrics tell the seconds of the compiler apart."""
     eager, compiled = (
