@@ -47,6 +47,8 @@ class Harness:
         threads = self.asked.threads if what == "pass" else os.cpu_count()
         options = {"job": self.job, "trainer": side, "measure": what, "out": out, "threads": threads}
         command = [python, str(HERE / script), *(f"--{name}={value}" for name, value in options.items())]
+        if side != "ours":
+            command.append(f"--batch={self.asked.batch}")
         command.append("--checkpointing" if self.asked.checkpointing else "--no-checkpointing")
         run = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own scripts
         if run.returncode:
@@ -81,6 +83,7 @@ def main() -> None:
     parser.add_argument("--against", choices=["hf", "trl"], default="hf")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=1, help="documents a batch of the other side")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--out", type=Path, default=HERE.parent / "results")
     asked = parser.parse_args()
@@ -93,7 +96,8 @@ def main() -> None:
         result = measured(asked, Harness(asked, job), job)
     print(text(result))
     asked.out.mkdir(exist_ok=True)
-    name = f"{asked.job}-{asked.against}-{asked.threads}{'-checkpointing' * asked.checkpointing}.json"
+    options = f"{f'-batch{asked.batch}' * (asked.batch > 1)}{'-checkpointing' * asked.checkpointing}"
+    name = f"{asked.job}-{asked.against}-{asked.threads}{options}.json"
     (asked.out / name).write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -115,6 +119,7 @@ def measured(asked: argparse.Namespace, harness: Harness, job: Path) -> dict[str
         "job": asked.job,
         "against": asked.against,
         "threads": asked.threads,
+        "batch": asked.batch,
         "checkpointing": asked.checkpointing,
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "versions": {side: runs[0]["versions"] for side, runs in passes.items()},
@@ -134,7 +139,8 @@ def text(result: dict[str, Any]) -> str:
     counted, other = result["counts"]["ours"], result["counts"][result["against"]]
     lengths, share = result["lengths"], result["supervised"] / sum(result["lengths"])
     lines = [
-        f"{result['job']} against {result['against']}, float32, {result['threads']} thread(s)",
+        f"{result['job']} against {result['against']} in batches of {result['batch']}, float32, "
+        f"{result['threads']} thread(s), checkpointing {'on' if result['checkpointing'] else 'off'}",
         result["machine"],
         *(f"{side}: {', '.join(map(' '.join, found.items()))}" for side, found in result["versions"].items()),
         f"{len(lengths)} documents of {min(lengths)} to {max(lengths)} tokens, {share:.0%} supervised",

@@ -1,4 +1,4 @@
-"""Draw results: tokens a second and peak memory of each pair of passes.
+"""Draw results: how many times the tokens a second, and what share of the peak memory, in each pair of passes.
 
     python benchmarks/step/plot.py
 
@@ -8,6 +8,7 @@ Reads ``benchmarks/results/*.json`` and writes ``docs/step.png``.
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 import matplotlib as mpl
@@ -16,27 +17,31 @@ mpl.use("agg")
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parent.parent.parent
+NAMES = {"hf": "HF Trainer + peft", "trl": "TRL"}
 
 
 def main() -> None:
-    """Draw one pair of bars a result, with every run as a dot."""
+    """Draw a bar a result, the median of its pairs, with every pair as a dot."""
     results = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
-    figure, panels = plt.subplots(1, 2, figsize=(8, 0.9 + 0.9 * len(results)), layout="constrained")
-    for panel, name, title, scale in (
-        (panels[0], "rate", "tokens a second", 1),
-        (panels[1], "peak", "peak above the weights, GiB", 2**30),
+    figure, panels = plt.subplots(1, 2, figsize=(8, 0.9 + 0.55 * len(results)), sharey=True, layout="constrained")
+    labels = [
+        f"{result['job']}, {result['threads']} thread{'s' * (result['threads'] > 1)}\n"
+        f"against {NAMES[result['against']]}"
+        for result in results
+    ]
+    for panel, name, title in (
+        (panels[0], "rate", "times the tokens a second"),
+        (panels[1], "peak", "share of the peak memory"),
     ):
-        ticks, labels = [], []
-        for row, result in enumerate(results):
-            for offset, (side, runs) in zip((0.2, -0.2), result["passes"].items(), strict=True):
-                values = sorted(run[name] / scale for run in runs)
-                place = -row + offset
-                panel.barh(place, values[len(values) // 2], 0.36, color="#3465a4" if side == "ours" else "#bbbbbb")
-                panel.plot(values, [place] * len(values), "k.", markersize=4)
-                ticks.append(place)
-                labels.append(f"{result['job']}: {'qwenft' if side == 'ours' else side}")
-        panel.set_yticks(ticks, labels)
+        for place, result in enumerate(results):
+            ours, theirs = result["passes"]["ours"], result["passes"][result["against"]]
+            ratios = [a[name] / b[name] for a, b in zip(ours, theirs, strict=True)]
+            panel.barh(place, statistics.median(ratios), 0.6, color="#3465a4")
+            panel.plot(ratios, [place] * len(ratios), "k.", markersize=4)
+        panel.axvline(1, color="#888888", linewidth=1)
         panel.set_title(title)
+    panels[0].set_yticks(range(len(results)), labels)
+    panels[0].invert_yaxis()
     figure.savefig(ROOT / "docs" / "step.png", dpi=120)
 
 
