@@ -139,8 +139,8 @@ def text(result: dict[str, Any]) -> str:
     counted, other = result["counts"]["ours"], result["counts"][result["against"]]
     lengths, share = result["lengths"], result["supervised"] / sum(result["lengths"])
     lines = [
-        f"{result['job']} against {result['against']}, batches of {result['batch']}, {result['threads']} thread(s)",
-        f"float32, checkpointing {'on' if result['checkpointing'] else 'off'}",
+        f"{result['job']} against {result['against']}, batches of {result['batch']}",
+        f"float32, {result['threads']} thread(s), checkpointing {'on' if result['checkpointing'] else 'off'}",
         result["machine"],
         *(f"{side}: {', '.join(map(' '.join, found.items()))}" for side, found in result["versions"].items()),
         f"{len(lengths)} documents of {min(lengths)} to {max(lengths)} tokens, {share:.0%} supervised",
