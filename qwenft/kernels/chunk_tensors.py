@@ -53,7 +53,9 @@ class ChunkTensors:
     def cut(cls, inputs: Sequence[Tensor], group: Group) -> ChunkTensors:
         """Cut query, key, value, log_decay and beta, normalise and decay them."""
         dtype = compute_dtype(inputs[2])
-        q, k, v, log_decay, beta = (group.gather(tensor, dtype) for tensor in inputs)
+        # Behind a document's end nothing may decay or be written; what else stands there meets zeros.
+        q, k, v = (group.gather(tensor, dtype, zeroed=False) for tensor in inputs[:3])
+        log_decay, beta = (group.gather(tensor, dtype, zeroed=True) for tensor in inputs[3:])
         q_factor = torch.rsqrt((q * q).sum(-1, keepdim=True) + EPSILON) * q.shape[-1] ** -0.5
         k_factor = torch.rsqrt((k * k).sum(-1, keepdim=True) + EPSILON)
         # Multiples of COARSE add up exactly and the rests stay small, so c_i - c_j is exact to float32's relative
@@ -63,6 +65,7 @@ class ChunkTensors:
         coarse = coarse.cumsum(-1)
         decay = (coarse[..., :, None] - coarse[..., None, :]).add_(group.later)
         decay = decay.add_(fine[..., :, None]).sub_(fine[..., None, :]).exp_()
+        from_start = (coarse + fine).exp_()
         return cls(
             q=q * q_factor,
             k=k * k_factor,
@@ -70,9 +73,9 @@ class ChunkTensors:
             beta=beta,
             q_factor=q_factor,
             k_factor=k_factor,
-            from_start=(coarse + fine).exp_(),
+            from_start=from_start,
             to_end=decay[..., -1, :].contiguous(),
-            whole=(coarse[..., -1:] + fine[..., -1:]).exp_(),
+            whole=from_start[..., -1:],
             decay=decay,
         )
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import attrs
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from torch import Tensor
 
     from qwenft.kernels.layout import SequenceLayout
@@ -24,12 +27,16 @@ class Span:
         document: the first document's place in the order of the scan.
         documents: how many.
         going_on: how many of these, the first ones, have another chunk after this one.
+        next: where these go on, as a chunk of the same group; None where none does.
+        enters: the documents begin here, or their chunks before this one are in an earlier group.
     """
 
     chunk: int
     document: int
     documents: int
     going_on: int
+    next: int | None
+    enters: bool
 
     def rows(self, heads: int, documents: int, first: int = 0) -> slice:
         """The rows of the first ``documents`` chunks in tensors that flatten the group's chunks and heads.
@@ -39,12 +46,19 @@ class Span:
             documents: how many.
             first: the group's chunk that the tensors begin with.
         """
-        chunk = self.chunk - first
-        return slice(chunk * heads, (chunk + documents) * heads)
+        return _rows(self.chunk - first, documents, heads)
+
+    def rows_after(self, heads: int, first: int = 0) -> slice | None:
+        """The rows of the chunks in the same group that documents go on in; None where there are none."""
+        return None if self.next is None else _rows(self.next - first, self.going_on, heads)
 
     def carried(self, heads: int, documents: int) -> slice:
         """The rows of the same documents in tensors that flatten all documents and heads."""
-        return slice(self.document * heads, (self.document + documents) * heads)
+        return _rows(self.document, documents, heads)
+
+
+def _rows(first: int, count: int, heads: int) -> slice:
+    return slice(first * heads, (first + count) * heads)
 
 
 @attrs.frozen(eq=False)
@@ -56,9 +70,11 @@ class Group:
         spans: in the order of the scan.
         fresh: how many of these, the first ones, begin their documents.
         stretch: the tokens, where they follow each other in the stream and fill the chunks.
-        tokens: [B * C] int64, the token at each place; any token at a place after a document's end.
-        filled: int64, the places that hold a token.
-        padding: int64, those that do not.
+        tokens: [B, 1, C] int64, the token at each place; its last token at a place after a document's end.
+        filled: int64, the tokens of the group, in the order of their places.
+        places: (chunk, place in it) of these, int64.
+        padding: [B, 1, C] bool, the places that hold none.
+        heads: by their number H, [H, 1] int64, all of them.
         later: [C, C], minus infinity where the column is later than the row, else 0.
     """
 
@@ -68,33 +84,35 @@ class Group:
     stretch: slice | None
     tokens: Tensor
     filled: Tensor
+    places: tuple[Tensor, Tensor]
     padding: Tensor
+    heads: Mapping[int, Tensor]
     later: Tensor
 
-    def gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def gather(self, x: Tensor, dtype: torch.dtype, *, zeroed: bool) -> Tensor:
         """Cut this group's tokens out of a stream.
 
         Args:
             x: [T, heads, ...].
             dtype: of the result.
+            zeroed: zero at the places after a document's last token, which else hold that token once more.
 
         Returns:
-            [B, heads, C, ...], contiguous, zero at the places after a document's last token.
+            [B, heads, C, ...], contiguous.
         """
         if self.stretch is not None:
-            places = x[self.stretch]
-        else:
-            places = x.index_select(0, self.tokens).index_fill_(0, self.padding, 0)
-        return places.reshape(self.chunks, CHUNK, *x.shape[1:]).transpose(1, 2).to(dtype).contiguous()
+            chunks = x[self.stretch].unflatten(0, (-1, CHUNK)).transpose(1, 2)
+            return chunks.to(dtype).contiguous()
+        chunks = x[self.tokens, self.heads[x.shape[1]]].to(dtype)
+        return chunks.masked_fill_(self.padding.view(-1, 1, CHUNK, *(1,) * (x.ndim - 2)), 0) if zeroed else chunks
 
     def scatter(self, x: Tensor, stream: Tensor) -> None:
         """Write chunks [B, heads, C, ...] into their places of a stream [T, heads, ...]."""
-        places = x.transpose(1, 2)
         if self.stretch is not None:
-            stream[self.stretch].view(places.shape).copy_(places)
-            return
-        places = places.reshape(self.chunks * CHUNK, *stream.shape[1:]).to(stream.dtype)
-        stream.index_copy_(0, self.tokens[self.filled], places[self.filled])
+            stream[self.stretch].unflatten(0, (-1, CHUNK)).copy_(x.transpose(1, 2))
+        else:
+            chunk, place = self.places
+            stream.index_copy_(0, self.filled, x[chunk, :, place].to(stream.dtype))
 
 
 @attrs.frozen(eq=False)
@@ -114,51 +132,84 @@ class ChunkPlan:
     order: Tensor
 
     @classmethod
-    def of(cls, layout: SequenceLayout, size: int) -> ChunkPlan:
-        """The plan of a layout in groups of about ``size`` chunks, made once for it."""
-        return layout.derived(("chunk_plan", size), lambda: cls._build(layout, size))
+    def of(cls, layout: SequenceLayout, size: int, heads: tuple[int, ...]) -> ChunkPlan:
+        """The plan of a layout in groups of about ``size`` chunks, made once for it.
+
+        Args:
+            layout: where the documents begin.
+            size: of a group.
+            heads: the numbers of heads that streams will have.
+        """
+        return layout.derived(("chunk_plan", size, heads), lambda: cls._build(layout, size, heads))
 
     @classmethod
-    def _build(cls, layout: SequenceLayout, size: int) -> ChunkPlan:
+    def _build(cls, layout: SequenceLayout, size: int, heads: tuple[int, ...]) -> ChunkPlan:
         counts = [-(-length // CHUNK) for length in layout.lengths]
         order = sorted(range(len(counts)), key=lambda document: -counts[document])
         reach = torch.tensor(sorted(counts, reverse=True))
         active = [int((reach > step).sum()) for step in range(max(counts))] + [0]
+        all_heads = {count: torch.arange(count, device=layout.device)[:, None] for count in heads}
+        later = torch.full((CHUNK, CHUNK), float("-inf"), device=layout.device).triu(1)
+        make = functools.partial(_group, layout, order, heads=all_heads, later=later)
         groups: list[Group] = []
-        pending: list[tuple[int, Span]] = []
-        for step in range(max(counts)):
-            for document in range(0, active[step], size):
-                documents = min(size, active[step] - document)
-                going_on = min(max(active[step + 1] - document, 0), documents)
-                taken = sum(span.documents for _, span in pending)
-                if pending and taken + documents > size:
-                    groups.append(_group(layout, order, pending))
-                    pending, taken = [], 0
-                pending.append((step, Span(taken, document, documents, going_on)))
-        groups.append(_group(layout, order, pending))
+        pending: list[tuple[int, int, int]] = []
+        for step, count in enumerate(active[:-1]):
+            for document in range(0, count, size):
+                documents = min(size, count - document)
+                if pending and sum(taken for _, _, taken in pending) + documents > size:
+                    groups.append(make(_spans(pending, active)))
+                    pending = []
+                pending.append((step, document, documents))
+        groups.append(make(_spans(pending, active)))
         return cls(groups=tuple(groups), order=torch.tensor(order, device=layout.device))
 
 
-def _group(layout: SequenceLayout, order: list[int], steps_and_spans: list[tuple[int, Span]]) -> Group:
+def _spans(taken: Sequence[tuple[int, int, int]], active: Sequence[int]) -> dict[Span, int]:
+    """The spans of a group that takes (step, document, documents), and their steps."""
+    chunks, count = {}, 0
+    for step, document, documents in taken:
+        chunks[step, document] = count
+        count += documents
+    return {
+        Span(
+            chunk=chunks[step, document],
+            document=document,
+            documents=documents,
+            going_on=min(max(active[step + 1] - document, 0), documents),
+            next=chunks.get((step + 1, document)),
+            enters=(step - 1, document) not in chunks,
+        ): step
+        for step, document, documents in taken
+    }
+
+
+def _group(
+    layout: SequenceLayout,
+    order: Sequence[int],
+    spans: dict[Span, int],
+    *,
+    heads: Mapping[int, Tensor],
+    later: Tensor,
+) -> Group:
     starts, ends = [], []
-    for step, span in steps_and_spans:
+    for span, step in spans.items():
         for document in order[span.document : span.document + span.documents]:
             starts.append(layout.starts[document] + step * CHUNK)
             ends.append(layout.starts[document + 1])
-    tokens = torch.tensor(starts)[:, None] + torch.arange(CHUNK)
-    holds = tokens < torch.tensor(ends)[:, None]
-    tokens, holds = torch.where(holds, tokens, 0).flatten(), holds.flatten()
+    tokens, last = torch.tensor(starts)[:, None] + torch.arange(CHUNK), torch.tensor(ends)[:, None] - 1
+    padding = tokens > last
     first = starts[0]
-    follows = bool(holds.all()) and torch.equal(tokens, torch.arange(first, first + len(tokens)))
+    follows = not padding.any() and torch.equal(tokens.flatten(), torch.arange(first, first + tokens.numel()))
+    chunk, place = (~padding).nonzero(as_tuple=True)
     return Group(
         chunks=len(starts),
-        spans=tuple(span for _, span in steps_and_spans),
-        fresh=sum(span.documents for step, span in steps_and_spans if step == 0),
-        stretch=slice(first, first + len(tokens)) if follows else None,
-        tokens=tokens.to(layout.device),
-        filled=holds.nonzero().flatten().to(layout.device),
-        padding=(~holds).nonzero().flatten().to(layout.device),
-        later=layout.derived(
-            "later", lambda: torch.full((CHUNK, CHUNK), float("-inf"), device=layout.device).triu(1)
-        ),
+        spans=tuple(spans),
+        fresh=sum(span.documents for span, step in spans.items() if step == 0),
+        stretch=slice(first, first + tokens.numel()) if follows else None,
+        tokens=torch.minimum(tokens, last)[:, None].to(layout.device),
+        filled=tokens[~padding].to(layout.device),
+        places=(chunk.to(layout.device), place.to(layout.device)),
+        padding=padding[:, None].to(layout.device),
+        heads=heads,
+        later=later,
     )

@@ -12,16 +12,18 @@ L2-normalised (q also scaled by D^-0.5):
     output   = exp(c) q S + P u
     S'       = exp(c_C) S + (exp(c_C - c) k)^T u
 
-The writes solve (I + b M) u = b (v - exp(c) k S). The inverse A is formed for a group of chunks at once; what is
-left for the sequential scan is three products a chunk, for documents side by side.
+The writes solve (I + b M) u = b (v - exp(c) k S). With the inverse A, u = A b v - W S and W = A (b exp(c) k): all
+but W S is formed for a group of chunks at once, and two products a chunk are left for the sequential scan, for
+documents side by side.
 
 Backward, with do and dS' given:
 
-    du = P^T do + (exp(c_C - c) k) dS'        r = A^T du        r is the gradient of b (v - exp(c) k S)
-    dS = exp(c_C) dS' + (exp(c) q)^T do - (b exp(c) k)^T r
+    du = P^T do + (exp(c_C - c) k) dS'
+    dS = exp(c_C) dS' + (exp(c) q)^T do - W^T du
 
-and all other gradients follow from r, u, S and dS' for the group at once: dv = b r, dM = -b (r u^T), and
-db = r . (v - exp(c) k S - M u), which is exact for beta = 0 too since nothing is divided by beta.
+and all other gradients follow from du, u, S and dS' for the group at once: with r = A^T du, the gradient of
+b (v - exp(c) k S), dv = b r, dM = -b (r u^T), and db = r . (v - exp(c) k S - M u), which is exact for beta = 0 too
+since nothing is divided by beta.
 
 Where a document begins without a state S = 0, and where it ends with none asked for dS' = 0: the products with
 them are left out, which is half of the work for a document of one chunk.
@@ -90,7 +92,7 @@ def gated_delta_rule(
         with exact(value):
             output, state = _single_step(inputs, initial_state)
     else:
-        output, state = _ChunkedRule.apply(_plan(layout, value), return_state, initial_state, *inputs)
+        output, state = _ChunkedRule.apply(_plan(layout, key, value), return_state, initial_state, *inputs)
     return (output, state) if return_state else output
 
 
@@ -115,9 +117,10 @@ def _single_step(
     return output.reshape(N, V, E).to(value.dtype), state
 
 
-def _plan(layout: SequenceLayout, value: Tensor) -> ChunkPlan:
-    heads = value.shape[1]
-    return ChunkPlan.of(layout, max(1, GROUP_ROWS // heads) if value.device.type == "cpu" else layout.total)
+def _plan(layout: SequenceLayout, key: Tensor, value: Tensor) -> ChunkPlan:
+    heads = key.shape[1], value.shape[1]
+    size = max(1, GROUP_ROWS // heads[1]) if value.device.type == "cpu" else layout.total
+    return ChunkPlan.of(layout, size, heads)
 
 
 class _ChunkedRule(torch.autograd.Function):
@@ -162,7 +165,7 @@ class _ChunkedRule(torch.autograd.Function):
             carry = _carry(grad_final, plan, inputs)
             for number, group in reversed(list(enumerate(plan.groups))):
                 kept = _Kept(ChunkTensors.cut(inputs, group), *saved[3 * number : 3 * number + 3])
-                output_grad = group.gather(grad_output, carry.dtype).view(kept.writes.shape)
+                output_grad = group.gather(grad_output, carry.dtype, zeroed=True).view(kept.writes.shape)
                 fresh = 0 if wants_initial else group.fresh
                 scanned = _scan_backwards(
                     kept, output_grad, carry, group, fresh=fresh, has_last=grad_final is not None
@@ -198,33 +201,45 @@ def _inverse(chunks: ChunkTensors) -> Tensor:
     )
 
 
+def _recalled(chunks: ChunkTensors, inverse: Tensor, out: Tensor) -> Tensor:
+    """-W [(B - fresh) V, C, D], into ``out``: what the states before the last chunks add to the writes there."""
+    fresh = (len(inverse) - len(out)) // chunks.v.shape[1]
+    readers = chunks.scaled(chunks.k, chunks.beta * chunks.from_start, fresh)
+    return out.baddbmm_(inverse[len(inverse) - len(out) :], readers, beta=0, alpha=-1)
+
+
 def _scan(
     chunks: ChunkTensors, inverse: Tensor, carry: Tensor, group: Group, *, fresh: int, keeps_last: bool
 ) -> tuple[Tensor, Tensor]:
-    """Carry the states of the documents through a group, in place.
+    """Carry the states of the documents through a group; ``carry`` holds those that enter, then those that leave.
 
     Returns:
         The state before each chunk but the ``fresh`` first ones, where it is zero, [(B - fresh) V, D, E], and the
         writes u [B V, C, E].
     """
     heads = chunks.v.shape[1]
-    wanted = (chunks.v * chunks.beta[..., None]).view(chunks.rows, CHUNK, -1)
-    writes = torch.empty_like(wanted)
+    writes = torch.bmm(inverse, (chunks.v * chunks.beta[..., None]).view(chunks.rows, CHUNK, -1))
     writers = chunks.scaled(chunks.k, chunks.to_end)
-    readers = chunks.scaled(chunks.k, chunks.beta * chunks.from_start, fresh)
-    states = carry.new_empty(len(readers), *carry.shape[1:])
+    states = carry.new_empty(chunks.rows - fresh * heads, *carry.shape[1:])
+    recalled = _recalled(chunks, inverse, carry.new_empty(len(states), CHUNK, carry.shape[1]))
     whole = chunks.whole.view(-1, 1, 1)
     for span in group.spans:
-        rows = span.rows(heads, span.documents)
-        if span.chunk >= fresh:
-            later = span.rows(heads, span.documents, fresh)
-            states[later] = carry[span.carried(heads, span.documents)]
-            wanted[rows].baddbmm_(readers[later], states[later], alpha=-1)
-        torch.bmm(inverse[rows], wanted[rows], out=writes[rows])
+        rows, later = span.rows(heads, span.documents), span.rows(heads, span.documents, fresh)
+        known = span.chunk >= fresh
+        if known:
+            if span.enters or keeps_last:
+                states[later] = carry[span.carried(heads, span.documents)]
+            writes[rows].baddbmm_(recalled[later], states[later])
         going = span.documents if keeps_last else span.going_on
         if going:
             rows = span.rows(heads, going)
-            carry[span.carried(heads, going)].mul_(whole[rows]).baddbmm_(writers[rows].mT, writes[rows])
+            following = None if keeps_last else span.rows_after(heads, fresh)
+            after = carry[span.carried(heads, going)] if following is None else states[following]
+            if known:
+                before = states[span.rows(heads, going, fresh)]
+                torch.mul(before, whole[rows], out=after).baddbmm_(writers[rows].mT, writes[rows])
+            else:
+                torch.bmm(writers[rows].mT, writes[rows], out=after)
     return states, writes
 
 
@@ -248,11 +263,13 @@ class _Scanned:
     """What the scan backwards leaves of a group.
 
     Args:
+        attention: [B, V, C, C], P.
         solved: [B V, C, E], r.
         write_k: [B V, C, D], u dS'^T, zero where no state is handed on.
         grad_whole: [B V, 1, 1], S . dS', the gradient of the chunk's whole decay.
     """
 
+    attention: Tensor
     solved: Tensor
     write_k: Tensor
     grad_whole: Tensor
@@ -267,12 +284,15 @@ def _scan_backwards(
     """
     chunks, heads = kept.chunks, kept.chunks.v.shape[1]
     writers = chunks.scaled(chunks.k, chunks.to_end)
-    readers = chunks.scaled(chunks.k, chunks.beta * chunks.from_start, fresh)
-    askers = chunks.scaled(chunks.q, chunks.from_start, fresh)
+    # A state is asked by the outputs and by the writes: one product with the gradients of both, side by side.
+    askers = carry.new_empty(chunks.rows - fresh * heads, 2 * CHUNK, carry.shape[1])
+    askers[:, :CHUNK] = chunks.scaled(chunks.q, chunks.from_start, fresh)
+    _recalled(chunks, kept.inverse, askers[:, CHUNK:])
+    attention = chunks.products(chunks.q)
+    grads = torch.cat([output_grad, torch.bmm(attention.view(kept.inverse.shape).mT, output_grad)], 1)
+    write_grads = grads[:, CHUNK:]
     whole = chunks.whole.view(-1, 1, 1)
-    write_grads = torch.bmm(chunks.products(chunks.q).view(kept.inverse.shape).mT, output_grad)
-    solved, write_k = torch.empty_like(write_grads), torch.zeros_like(writers)
-    grad_whole = torch.zeros_like(whole)
+    write_k, grad_whole = torch.zeros_like(writers), torch.zeros_like(whole)
     for span in reversed(group.spans):
         going = span.documents if has_last else span.going_on
         if going:
@@ -282,20 +302,17 @@ def _scan_backwards(
             if span.chunk >= kept.fresh:
                 before = kept.states[span.rows(heads, going, kept.fresh)]
                 torch.bmm(before.flatten(1)[:, None], after.flatten(1)[..., None], out=grad_whole[rows])
-        rows = span.rows(heads, span.documents)
-        torch.bmm(kept.inverse[rows].mT, write_grads[rows], out=solved[rows])
         if span.chunk >= fresh:
-            later = span.rows(heads, span.documents, fresh)
-            grads = carry[span.carried(heads, span.documents)].mul_(whole[rows])
-            grads.baddbmm_(askers[later].mT, output_grad[rows])
-            grads.baddbmm_(readers[later].mT, solved[rows], alpha=-1)
-    return _Scanned(solved, write_k, grad_whole)
+            rows, later = span.rows(heads, span.documents), span.rows(heads, span.documents, fresh)
+            state_grads = carry[span.carried(heads, span.documents)].mul_(whole[rows])
+            state_grads.baddbmm_(askers[later].mT, grads[rows])
+    return _Scanned(attention, torch.bmm(kept.inverse.mT, write_grads), write_k, grad_whole)
 
 
 def _input_gradients(kept: _Kept, output_grad: Tensor, scanned: _Scanned) -> tuple[Tensor, ...]:
     """The gradients of query, key, value, log_decay and beta, in chunks."""
     chunks = kept.chunks
-    q_parts, k_parts, grad_c, grad_beta = _through_pairs(kept, output_grad, scanned.solved)
+    q_parts, k_parts, grad_c, grad_beta = _through_pairs(kept, output_grad, scanned)
     solved = scanned.solved.view(chunks.v.shape)
     grad_beta += (solved * chunks.v).sum(-1)
 
@@ -327,12 +344,12 @@ def _input_gradients(kept: _Kept, output_grad: Tensor, scanned: _Scanned) -> tup
     )
 
 
-def _through_pairs(kept: _Kept, output_grad: Tensor, solved: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _through_pairs(kept: _Kept, output_grad: Tensor, scanned: _Scanned) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What P and M give to the gradients of q and k [B, K, C, D], and of c and beta [B, V, C]."""
     chunks = kept.chunks
     grad_P = torch.bmm(output_grad, kept.writes.mT).view(chunks.decay.shape)
-    solved_u = torch.bmm(solved, kept.writes.mT).view(chunks.decay.shape)
-    by_decay = grad_P * chunks.products(chunks.q)
+    solved_u = torch.bmm(scanned.solved, kept.writes.mT).view(chunks.decay.shape)
+    by_decay = grad_P * scanned.attention
     by_beta = solved_u * chunks.products(chunks.k)
     # M has no diagonal, and the decay on P's does not depend on c.
     for pairs in (by_decay, by_beta):

@@ -113,7 +113,7 @@ class _ShortConv(torch.autograd.Function):
         x, weight, bias, leads = ctx.saved_tensors
         dtype = compute_dtype(x)
         taps, cast_bias = weight.to(dtype).T.contiguous(), None if bias is None else bias.to(dtype)
-        grad_x = torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+        grad_x = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
         grad_leads = None if leads is None else torch.zeros_like(leads, dtype=dtype)
         wants_weight = ctx.needs_input_grad[3]  # a frozen one, as beside LoRA, is half of the work
         grad_taps, grad_bias = torch.zeros_like(taps), torch.zeros_like(taps[0])
@@ -128,12 +128,19 @@ class _ShortConv(torch.autograd.Function):
                 )
             if bias is not None:
                 grad_bias += grad.sum(0)
-            # A block inside a document adds into the stream in place, another through its own padded rows.
-            grad_padded = grad_x[block.first : block.stop] if block.inside else torch.zeros_like(padded)
-            for shift, tap in enumerate(taps):
+            # A block inside a document writes into the stream in place, another through its own padded rows; both
+            # add to the rows before ``start``, which the blocks before have written.
+            grad_padded = grad_x[block.first : block.stop] if block.inside else torch.empty_like(padded)
+            lead = len(taps) - 1
+            torch.mul(grad, taps[lead], out=grad_padded[lead:])
+            if not block.inside:
+                grad_padded[:lead] = 0
+            for shift, tap in enumerate(taps[:lead]):
                 grad_padded[shift : shift + len(grad)].addcmul_(grad, tap)
             if not block.inside:
-                grad_x[block.first : block.stop] += grad_padded.index_select(0, block.tokens)
+                by_token = grad_padded.index_select(0, block.tokens)
+                grad_x[block.first : block.start] += by_token[: block.start - block.first]
+                grad_x[block.start : block.stop] = by_token[block.start - block.first :]
                 if grad_leads is not None:
                     grad_leads.index_add_(0, block.lead_ids, grad_padded.index_select(0, block.leads))
         return (

@@ -335,24 +335,27 @@ def test_a_loss_of_the_final_state_alone_has_gradients():
 def test_documents_with_most_chunks_come_first():
     """A step holds the next chunk of every document that has one, and documents drop out from the end."""
     layout = SequenceLayout([3, 130, 65])
-    plan = ChunkPlan.of(layout, 100)
+    plan = ChunkPlan.of(layout, 100, (2,))
     assert plan.order.tolist() == [1, 2, 0]
     (group,) = plan.groups
     assert group.spans == (
-        Span(chunk=0, document=0, documents=3, going_on=2),
-        Span(3, 0, documents=2, going_on=1),
-        Span(5, 0, documents=1, going_on=0),
+        Span(chunk=0, document=0, documents=3, going_on=2, next=3, enters=True),
+        Span(3, 0, documents=2, going_on=1, next=5, enters=False),
+        Span(5, 0, documents=1, going_on=0, next=None, enters=False),
     )
     assert group.fresh == 3
-    assert group.tokens[:3].tolist() == [3, 4, 5]
-    assert ChunkPlan.of(layout, 100) is plan
+    assert group.tokens[0, 0, :3].tolist() == [3, 4, 5]
+    assert ChunkPlan.of(layout, 100, (2,)) is plan
 
 
 def test_a_wide_step_is_split_over_groups():
     """More documents than a group holds are taken in several spans of the same step."""
-    plan = ChunkPlan.of(SequenceLayout([65, 1, 1]), 2)
+    plan = ChunkPlan.of(SequenceLayout([65, 1, 1]), 2, (2,))
     spans = [group.spans for group in plan.groups]
-    assert spans == [(Span(0, 0, 2, going_on=1),), (Span(0, 2, 1, going_on=0), Span(1, 0, 1, going_on=0))]
+    assert spans == [
+        (Span(0, 0, 2, going_on=1, next=None, enters=True),),
+        (Span(0, 2, 1, going_on=0, next=None, enters=True), Span(1, 0, 1, going_on=0, next=None, enters=True)),
+    ]
     assert [group.fresh for group in plan.groups] == [2, 1]
 
 
@@ -363,8 +366,8 @@ def test_chunks_pad_with_zeros_and_come_back(lengths):
     stream = torch.randn(layout.total, 2, 5)
     back = torch.full_like(stream, float("nan"))
     held = 0
-    for group in ChunkPlan.of(layout, 2).groups:
-        chunks = group.gather(stream, torch.float32)
+    for group in ChunkPlan.of(layout, 2, (2,)).groups:
+        chunks = group.gather(stream, torch.float32, zeroed=True)
         assert chunks.shape == (group.chunks, 2, 64, 5)
         held += chunks.ne(0).sum()
         group.scatter(chunks, back)
