@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import qwenft as qf
-from qwenft.data.sources import conversation, read_rows
+from qwenft.data.formats import conversation
+from qwenft.data.sources import read_rows
 from qwenft.errors import DataError
 from qwenft.testing.checkpoint import TinySizes, tiny_checkpoint
 
@@ -70,7 +71,8 @@ def pieces(messages: list[dict[str, Any]], characters: int = 500) -> list[list[d
 
 def read_messages(path: Path) -> list[list[dict[str, Any]]]:
     """The conversations of a JSONL file of your own, checked."""
-    return [conversation(row, "messages") for row in read_rows(qf.DataSpec.messages(path))]
+    data = qf.DataSpec.messages(path)
+    return [[dict(message) for message in conversation(row, data).messages] for row in read_rows(data)]
 
 
 def is_brief(messages: list[dict[str, Any]], characters: int = 40) -> bool:

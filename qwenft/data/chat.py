@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import numpy as np
-from jinja2.exceptions import TemplateError
 
-from qwenft.data.masking import IGNORED, TurnMarks, labels_of, trained_spans
-from qwenft.data.sources import Row, conversation, read_rows
+from qwenft.data.formats import conversation
+from qwenft.data.masking import IGNORED, Tokens, labels_of, trained_ranges
+from qwenft.data.sources import read_rows
+from qwenft.data.template import ChatTemplate, PlacementError, Rendered, texts_of
 from qwenft.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    import re
+    from collections.abc import Iterator, Sequence
 
+    from qwenft.data.formats import Conversation
+    from qwenft.data.sources import Row
     from qwenft.specs.data import DataSpec
 
 _RENDERED_AT_ONCE = 1000  # conversations handed to the tokenizer's threads together
@@ -31,12 +35,18 @@ class Document:
         labels: [T] int32: position t holds the token that it is trained to predict, or -100.
         file: where its row lies.
         row: its number there, counted from 1.
+        weights: [T] float32, of the positions in the loss; 1 everywhere where None.
+        ends: [M] int32, behind the last token of each message that ends with a control token.
+        lost: what the row holds and the template leaves out, such as "reasoning" or "system content".
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     file: str
     row: int
+    weights: np.ndarray | None = None
+    ends: np.ndarray = attrs.field(factory=lambda: np.zeros(0, dtype=np.int32))
+    lost: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -46,11 +56,68 @@ class Document:
         """How many positions are trained."""
         return int((self.labels != IGNORED).sum())
 
-    def truncated(self, length: int) -> Document:
-        """Its first ``length`` tokens; the last of them predicts nothing."""
-        labels = self.labels[:length].copy()
+    def piece(self, start: int, stop: int, *, trained_from: int) -> Document:
+        """Its tokens ``start`` to ``stop``, of which those from ``trained_from`` on are predicted."""
+        labels = self.labels[start:stop].copy()
+        labels[: max(trained_from - 1 - start, 0)] = IGNORED
         labels[-1] = IGNORED
-        return attrs.evolve(self, input_ids=self.input_ids[:length], labels=labels)
+        return attrs.evolve(
+            self,
+            input_ids=self.input_ids[start:stop],
+            labels=labels,
+            weights=None if self.weights is None else self.weights[start:stop],
+            ends=self.ends[(self.ends > start) & (self.ends <= stop)] - start,
+        )
+
+    def last_end(self, start: int, stop: int) -> int:
+        """Behind the last message that ends after token ``start`` and not after ``stop``; 0 if there is none."""
+        ends = self.ends[(self.ends > start) & (self.ends <= stop)]
+        return int(ends[-1]) if len(ends) else 0
+
+    def split(self, length: int, overlap: int) -> Iterator[Document]:
+        """Pieces of at most ``length`` tokens that end where messages do, each of its tokens predicted in one.
+
+        Args:
+            length: of a piece, at the most. A message that is longer is cut into pieces as they fill.
+            overlap: the most tokens, of whole messages, that a piece repeats from the ones before it, as context.
+        """
+        done, starts = 0, [0]
+        while done < len(self):
+            for start in starts:  # with as much context as leaves room for a message
+                end = len(self) if len(self) - start <= length else self.last_end(done, start + length)
+                if end:
+                    break
+            stop = end or start + length
+            yield self.piece(start, stop, trained_from=done)
+            done = stop
+            before = self.ends[(self.ends >= done - overlap) & (self.ends < done)]
+            # A token in the middle of a message is predicted from the one before it.
+            starts = [*map(int, before), done if end else done - 1]
+
+
+@attrs.frozen
+class ShownToken:
+    """A token as a person reads it.
+
+    Args:
+        text: what it stands for.
+        role: of the message that it belongs to, with what the template writes around it.
+        weight: in the loss; 0 where it is not trained.
+    """
+
+    text: str
+    role: str
+    weight: float
+
+
+@attrs.frozen(eq=False)
+class _Rendered:
+    """A row on its way: what it says and its rendered text, in pieces that are tokenised on their own."""
+
+    row: Row
+    conversation: Conversation
+    rendered: Rendered
+    pieces: tuple[tuple[str, bool], ...]  # (text, whether control tokens in it are plain text)
 
 
 class ChatEncoder:
@@ -67,66 +134,184 @@ class ChatEncoder:
         if tokenizer.chat_template is None:
             raise DataError("the checkpoint's tokenizer has no chat template", fix="add chat_template.jinja to it")
         self.tokenizer = tokenizer
-        self.marks = self._turn_marks()
 
-    def encode(self, data: DataSpec) -> Iterator[Document]:
-        """The documents of a source, in its order, of any length.
+    def template(self, options: Mapping[str, Any] | None = None) -> ChatTemplate:
+        """The checkpoint's chat template with these options.
 
         Raises:
-            DataError: a row cannot be rendered; the error names file and row.
+            DataError: it does not render a question and an answer.
         """
-        rows = read_rows(data)
-        while chunk := list(itertools.islice(rows, _RENDERED_AT_ONCE)):
-            yield from self._encode(chunk, data.column)
-
-    def prompt(self, messages: list[dict[str, Any]], **template: Any) -> str:
-        """The text that asks for an answer to ``messages``."""
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template)
-
-    def _encode(self, rows: list[Row], column: str) -> Iterator[Document]:
-        conversations = [conversation(row, column) for row in rows]
-        texts = [self._render(row, messages) for row, messages in zip(rows, conversations, strict=True)]
-        for row, messages, ids in zip(rows, conversations, self._tokenise(texts), strict=True):
-            spans = trained_spans(ids, self.marks)
-            turns = sum(message["role"] == "assistant" for message in messages)
-            if len(spans) != turns:
-                raise row.error(f"the chat template renders {len(spans)} of {turns} assistant turns")
-            yield Document(
-                input_ids=np.asarray(ids, dtype=np.int32),
-                labels=np.asarray(labels_of(ids, spans), dtype=np.int32),
-                file=row.file,
-                row=row.number,
-            )
-
-    def _render(self, row: Row, messages: list[dict[str, Any]]) -> str:
-        self._refuse_control_tokens(row, messages)
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, tools=row.values.get("tools"))
-        except (TemplateError, TypeError, ValueError) as error:
-            raise row.error(f"the checkpoint's chat template refuses it: {error}") from None
+            return ChatTemplate(self.tokenizer, options or {})
+        except PlacementError as error:
+            raise DataError(
+                f"a question and an answer: {error}", fix="another chat template, or other options of it"
+            ) from None
 
-    def _refuse_control_tokens(self, row: Row, messages: list[dict[str, Any]]) -> None:
-        """A turn that spells a turn mark would open or close turns of its own, and be trained as such."""
-        for message in messages:
-            for mark in ("<|im_start|>", "<|im_end|>"):
-                if any(mark in text for text in _texts(message)):
-                    raise row.error(
-                        f"a turn of role {message['role']} holds the control token {mark}", "remove it"
-                    )
+    def encode(self, data: DataSpec, skipped: list[DataError] | None = None) -> Iterator[Document]:
+        """The documents of a source, in its order, of any length.
 
-    def _tokenise(self, texts: Iterable[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        Args:
+            data: what to read, and how it is trained.
+            skipped: takes the errors of rows that are wrong, which are left out; raised where None.
 
-    def _turn_marks(self) -> TurnMarks:
-        question = [{"role": "user", "content": "?"}]
-        asked = self.prompt(question)
-        stated = self.tokenizer.apply_chat_template(question, tokenize=False)
-        header, end, prompt = self._tokenise(["<|im_start|>assistant", "<|im_end|>", asked.removeprefix(stated)])
-        return TurnMarks(header=tuple(header), end=end[0], prompt=tuple(prompt))
+        Raises:
+            DataError: a row cannot be read or rendered, or its turns cannot be told apart; it names file and row.
+        """
+        return (document for document, _ in self._encoded(data, skipped))
+
+    def shown(self, data: DataSpec, skipped: list[DataError] | None = None) -> Iterator[list[ShownToken]]:
+        """The documents of :meth:`encode`, token by token."""
+        for document, (one, tokens) in self._encoded(data, skipped):
+            yield list(_shown(document, one, tokens))
+
+    def _encoded(
+        self, data: DataSpec, skipped: list[DataError] | None
+    ) -> Iterator[tuple[Document, tuple[_Rendered, Tokens]]]:
+        template = self.template(data.template_options)
+
+        def refuse(error: DataError) -> None:
+            if skipped is None:
+                raise error
+            skipped.append(error)
+
+        rows = read_rows(data, refuse)
+        while chunk := list(itertools.islice(rows, _RENDERED_AT_ONCE)):
+            rendered = []
+            for row in chunk:
+                try:
+                    rendered.append(self._render(row, data, template))
+                except DataError as error:
+                    refuse(error)
+            for one, tokens in zip(rendered, self._tokenise(rendered), strict=True):
+                try:
+                    document = _document(one, tokens, data)
+                except PlacementError as error:
+                    refuse(one.row.error(str(error)))
+                else:
+                    yield document, (one, tokens)
+
+    def _render(self, row: Row, data: DataSpec, template: ChatTemplate) -> _Rendered:
+        said = conversation(row, data)
+        if data.thinking == "drop":
+            said = _without_reasoning(said)
+        spelt = list(_spelt(said, template.control_tokens))
+        if spelt and data.control_tokens == "refuse":
+            where, token = spelt[0]
+            raise row.error(
+                f"{where} holds the control token {token}",
+                'remove it, or .with_control_tokens("encode") to take it for plain text',
+            )
+        end = self.tokenizer.eos_token or ""
+        try:
+            rendered = template.render(said) if said.text is None else Rendered(said.text + end, (), {}, ())
+            rendered.text.encode()
+        except UnicodeEncodeError as error:
+            character = rendered.text[error.start]
+            raise row.error(f"holds half of a surrogate pair, {character!a}, which is no character") from None
+        except PlacementError as error:
+            raise row.error(str(error)) from None
+        if said.text is not None:
+            return _Rendered(row, said, rendered, ((said.text, bool(spelt)), (end, False)))
+        pieces = _apart(rendered, template.control_tokens) if spelt else ((rendered.text, False),)
+        if len(spelt) > sum(len(template.control_tokens.findall(text)) for text, is_plain in pieces if is_plain):
+            where, token = spelt[0]
+            raise row.error(f"{where} holds the control token {token} outside of its content", "remove it")
+        return _Rendered(row, said, rendered, pieces)
+
+    def _tokenise(self, rendered: Sequence[_Rendered]) -> Iterator[Tokens]:
+        """The tokens of every row, in two batches: text whose control tokens act, and text that is plain."""
+        backend = self.tokenizer.backend_tokenizer
+        encoded: dict[bool, Iterator[Any]] = {}
+        for plain in (False, True):
+            texts = [text for one in rendered for text, is_plain in one.pieces if is_plain == plain]
+            backend.encode_special_tokens = plain
+            try:
+                encoded[plain] = iter(backend.encode_batch(texts, add_special_tokens=False))
+            finally:
+                backend.encode_special_tokens = False
+        for one in rendered:
+            encodings = [next(encoded[is_plain]) for _, is_plain in one.pieces]
+            yield Tokens(encodings, [text for text, _ in one.pieces])
+
+
+def _document(one: _Rendered, tokens: Tokens, data: DataSpec) -> Document:
+    whole = one.conversation.text is not None
+    ranges = [(0, len(one.rendered.text), 1.0)] if whole else trained_ranges(one.conversation, one.rendered, data)
+    labels, weights = labels_of(tokens, ranges)
+    ends = [tokens.beginning_at(turn.stop) for turn in one.rendered.turns.values() if turn.stop > turn.end]
+    return Document(
+        input_ids=tokens.ids,
+        labels=labels,
+        file=one.row.file,
+        row=one.row.number,
+        weights=weights,
+        ends=np.sort(np.asarray(ends, dtype=np.int32)),
+        lost=_lost(one.conversation, one.rendered),
+    )
+
+
+def _shown(document: Document, one: _Rendered, tokens: Tokens) -> Iterator[ShownToken]:
+    """What stands behind one turn, up to the end of the next, belongs to the next."""
+    messages = one.conversation.messages
+    turns = sorted(one.rendered.turns.values(), key=lambda turn: turn.stop)
+    roles = [(turn.stop, messages[turn.message]["role"]) for turn in turns] or [(len(one.rendered.text), "text")]
+    weights = np.where(document.labels == IGNORED, 0.0, 1.0 if document.weights is None else document.weights)
+    place = 0
+    for weight, (character, text) in zip([0.0, *weights[:-1].tolist()], tokens.texts(), strict=True):
+        while place + 1 < len(roles) and character >= roles[place][0]:
+            place += 1
+        yield ShownToken(text, roles[place][1], weight)
+
+
+def _lost(said: Conversation, rendered: Rendered) -> tuple[str, ...]:
+    """What the template leaves out: reasoning of earlier turns, a system message that it does not know, tools."""
+    lost = {
+        kind if kind == "reasoning" else f"{kind} of the {said.messages[message]['role']}"
+        for message, kind in rendered.lost
+    }
+    names = [tool.get("function", tool).get("name") for tool in said.tools or ()]
+    if any(isinstance(name, str) and name not in rendered.text for name in names):
+        lost.add("tools")
+    return tuple(sorted(lost))
+
+
+def _without_reasoning(said: Conversation) -> Conversation:
+    """A conversation whose answers hold no reasoning, neither apart nor in front of ``</think>``."""
+    messages = []
+    for place, message in enumerate(said.messages):
+        kept = {key: value for key, value in message.items() if key != "reasoning_content"}
+        content = kept.get("content")
+        if message["role"] == "assistant" and isinstance(content, str) and "reasoning_content" not in message:
+            texts = texts_of(content, "assistant", reasons=not said.parts_of(place))
+            if any(kind == "reasoning" for kind, _, _ in texts):
+                kept["content"] = "".join(content[start:stop] for kind, start, stop in texts if kind == "content")
+        messages.append(kept)
+    return attrs.evolve(said, messages=tuple(messages))
+
+
+def _spelt(said: Conversation, control_tokens: re.Pattern[str]) -> Iterator[tuple[str, str]]:
+    """(where, control token) of each that a row spells: in a rendered text it would open or close a turn."""
+    named: list[tuple[str, Any]] = [(f"a turn of role {message['role']}", message) for message in said.messages]
+    for where, value in [*named, ("a tool", said.tools), ("the text", said.text)]:
+        for text in _texts(value):
+            for token in control_tokens.findall(text):
+                yield where, token
+
+
+def _apart(rendered: Rendered, control_tokens: re.Pattern[str]) -> tuple[tuple[str, bool], ...]:
+    """The rendered text in pieces, the contents that spell control tokens apart from what stands between them."""
+    pieces, done = [], 0
+    for segment in rendered.segments:
+        inside = rendered.text[segment.start : segment.stop]
+        if control_tokens.search(inside):
+            pieces += [(rendered.text[done : segment.start], False), (inside, True)]
+            done = segment.stop
+    return (*pieces, (rendered.text[done:], False))
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every string in a message, the keys of its mappings included."""
+    """Every string in a value, the keys of its mappings included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import attrs
 
+from qwenft.data.cache import tokenised
 from qwenft.data.stream import Stream
 from qwenft.errors import DataError
 from qwenft.plan.records import DataReport
@@ -40,7 +42,11 @@ class _Counts:
     rows: int = 0
     dropped: int = 0
     truncated: int = 0
+    split: int = 0
     untrained: int = 0
+    lost: Counter[str] = attrs.field(factory=Counter)
+    skipped: list[DataError] = attrs.field(factory=list)
+    cache: str = ""
 
 
 def read_corpus(data: DataSpec, training: TrainingSpec, encoder: ChatEncoder) -> Corpus:
@@ -69,7 +75,11 @@ def read_corpus(data: DataSpec, training: TrainingSpec, encoder: ChatEncoder) ->
         longest=max(train.lengths),
         dropped=counts.dropped,
         truncated=counts.truncated,
+        split=counts.split,
         untrained=counts.untrained,
+        lost=tuple(sorted(counts.lost.items())),
+        skipped=tuple(str(error) for error in counts.skipped),
+        cache=counts.cache,
         stream_rows=len(rows),
         fill=tokens / (len(rows) * data.capacity),
         steps_per_epoch=train.step_count(),
@@ -97,28 +107,37 @@ def _stream(documents: list[Document], data: DataSpec, training: TrainingSpec) -
 def _fitting(data: DataSpec, encoder: ChatEncoder, counts: _Counts) -> list[Document]:
     """The documents that are trained on, after the length policy; the others are counted."""
     documents = []
-    for document in encoder.encode(data):
+    read = tokenised(data, encoder)
+    counts.skipped, counts.cache = read.skipped, read.cache
+    for document in read.documents:
         counts.rows += 1
-        fitted = document
-        if len(document) > data.max_length:
-            if data.overflow == "error":
-                raise DataError(
-                    f"{document.file}, row {document.row}: {len(document):,} tokens are more than "
-                    f"max_length = {data.max_length:,}",
-                    fix=f'.with_max_length({len(document)}), or overflow="drop" or "truncate"',
-                    file=document.file,
-                    row=document.row,
-                )
-            if data.overflow == "drop":
-                counts.dropped += 1
-                continue
-            counts.truncated += 1
-            fitted = document.truncated(data.max_length)
-        if fitted.supervised == 0:
-            counts.untrained += 1
-            continue
-        documents.append(fitted)
+        counts.lost.update(document.lost)
+        pieces = [document] if len(document) <= data.max_length else _shortened(document, data, counts)
+        trained = [piece for piece in pieces if piece.supervised]
+        counts.untrained += bool(pieces) and not trained
+        documents += trained
+    counts.rows += len(counts.skipped)
     return documents
+
+
+def _shortened(document: Document, data: DataSpec, counts: _Counts) -> list[Document]:
+    """What the length policy leaves of a document that is too long."""
+    if data.overflow == "error":
+        raise DataError(
+            f"{document.file}, row {document.row}: {len(document):,} tokens are more than "
+            f"max_length = {data.max_length:,}",
+            fix=f'.with_max_length({len(document)}), or overflow="drop", "truncate" or "split"',
+            file=document.file,
+            row=document.row,
+        )
+    if data.overflow == "truncate" and (stop := document.last_end(0, data.max_length)):
+        counts.truncated += 1
+        return [document.piece(0, stop, trained_from=0)]
+    if data.overflow == "split":
+        counts.split += 1
+        return list(document.split(data.max_length, data.overlap))
+    counts.dropped += 1
+    return []
 
 
 def _split(documents: list[Document], fraction: float, seed: int) -> tuple[list[Document], list[Document]]:

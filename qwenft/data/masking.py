@@ -1,77 +1,145 @@
-"""Which tokens of a rendered conversation are trained on."""
+"""Which tokens of a rendered conversation are trained on, and how much each counts."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import attrs
+import numpy as np
+
+from qwenft.data.template import PlacementError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+
+    from qwenft.data.formats import Conversation
+    from qwenft.data.template import Rendered
+    from qwenft.specs.data import DataSpec
 
 IGNORED = -100
 
+Range = tuple[int, int, float]  # first character, the one behind the last, weight
 
-@attrs.frozen
-class TurnMarks:
-    """The control tokens by which a rendered conversation is read.
+
+def trained_ranges(conversation: Conversation, rendered: Rendered, data: DataSpec) -> list[Range]:
+    """The characters of a rendered conversation that are trained, in order, those of one weight joined.
+
+    Raises:
+        PlacementError: a message that is to be trained has no text, or the template leaves its content out.
+    """
+    messages = conversation.messages
+    of_roles = [place for place, message in enumerate(messages) if message["role"] in data.trained_roles]
+    asked = set(of_roles[-1:] if data.turns == "last" else of_roles)
+    left_out = {message for message, kind in rendered.lost if kind != "reasoning"}
+    found: list[Range] = []
+    for place, training in enumerate(conversation.training):
+        parts = [part for _, part in conversation.parts.get(place, ())]
+        train = place in asked if training.train is None else training.train
+        if not train and not any(part.train for part in parts):
+            continue
+        turn = rendered.turns.get(place)
+        if turn is None or place in left_out:
+            what = "the chat template leaves out" if place in left_out else "nothing is said in"
+            msg = f"message {place + 1} is to be trained, and {what} its content"
+            raise PlacementError(msg)
+        weight = training.weight if train else 0.0
+        content = [(turn.thought, turn.spoken, weight)]
+        if parts:
+            # A part that says nothing of its training goes with its message.
+            of_parts = [
+                training.weight * part.weight if (train if part.train is None else part.train) else 0.0
+                for part in parts
+            ]
+            content = [
+                (segment.start, segment.stop, of_parts[segment.part])
+                for segment in rendered.segments
+                if segment.message == place and segment.kind == "content"
+            ]
+        found += [
+            (turn.start, turn.thought, weight if data.thinking == "keep" else 0.0),
+            *content,
+            (turn.spoken, turn.end, weight if data.tool_calls else 0.0),
+            (turn.end, turn.stop, weight if data.end_of_turn else 0.0),
+        ]
+    return _joined(sorted(found))
+
+
+def _joined(ranges: Sequence[Range]) -> list[Range]:
+    joined: list[Range] = []
+    for start, stop, weight in ranges:
+        if start == stop or weight == 0:
+            continue
+        if joined and joined[-1][1:] == (start, weight):
+            joined[-1] = (joined[-1][0], stop, weight)
+        else:
+            joined.append((start, stop, weight))
+    return joined
+
+
+class Tokens:
+    """The tokens of a text and the characters that each stands for.
 
     Args:
-        header: ids of ``<|im_start|>assistant``.
-        end: id of ``<|im_end|>``.
-        prompt: ids that the template adds to ask for an answer: the header, a line break and, depending on the
-            template, an opened or an empty think block.
+        encodings: of consecutive pieces of the text, from the ``tokenizers`` library.
+        pieces: these.
     """
 
-    header: tuple[int, ...]
-    end: int
-    prompt: tuple[int, ...]
+    def __init__(self, encodings: Sequence[Any], pieces: Sequence[str]) -> None:
+        self.ids = np.concatenate([np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings])
+        self._pieces = []
+        characters = tokens = 0
+        for encoding, text in zip(encodings, pieces, strict=True):
+            self._pieces.append((characters, text, tokens, encoding))
+            characters += len(text)
+            tokens += len(encoding)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def beginning_at(self, character: int) -> int:
+        """The first token that begins at a character, or behind the last where the text ends there.
+
+        Raises:
+            PlacementError: a token stands for this character and the one before it.
+        """
+        for start, text, tokens, encoding in self._pieces:
+            place = character - start
+            if place == 0:
+                return tokens
+            if place < len(text):
+                token = encoding.char_to_token(place)
+                if token is None or encoding.token_to_chars(token)[0] != place:
+                    around = f"{text[max(place - 12, 0) : place]!r} and {text[place : place + 12]!r}"
+                    msg = f"what is trained begins or ends inside a token, between {around}"
+                    raise PlacementError(msg)
+                return tokens + int(token)
+        return len(self)
+
+    def texts(self) -> Iterator[tuple[int, str]]:
+        """The first character of each token and the text that it stands for; a part of a character has none."""
+        for start, text, _, encoding in self._pieces:
+            done = 0
+            for first, last in encoding.offsets:
+                yield start + first, text[max(first, done) : last]
+                done = max(done, last)
 
 
-def trained_spans(ids: Sequence[int], marks: TurnMarks) -> list[tuple[int, int]]:
-    """Where each assistant turn writes: from behind the generation prompt to its ``<|im_end|>``, included.
-
-    What the template puts before an answer when it asks for one is never the model's to write, so the longest
-    common beginning of the turn and the generation prompt is left out.
+def labels_of(tokens: Tokens, ranges: Sequence[Range]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Labels and weights, where they are predicted: position t holds the trained token t + 1, or -100.
 
     Args:
-        ids: the whole rendered conversation.
-        marks: its control tokens.
+        tokens: of the rendered text.
+        ranges: of its characters, trained.
 
     Returns:
-        Half-open ranges of positions in ``ids``, one for each assistant turn.
+        [T] int32, and [T] float32 or None where all weigh 1.
+
+    Raises:
+        PlacementError: a token stands across the bound of a range.
     """
-    spans = []
-    width = len(marks.header)
-    for start in range(len(ids) - width + 1):
-        if ids[start] == marks.header[0] and tuple(ids[start : start + width]) == marks.header:
-            first = start + _common_beginning(ids[start:], marks.prompt)
-            last = _index(ids, marks.end, first)
-            spans.append((first, last))
-    return spans
-
-
-def labels_of(ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[int]:
-    """Labels aligned with the position that predicts: position t holds the trained token t + 1, or -100."""
-    labels = [IGNORED] * len(ids)
-    for first, last in spans:
-        for position in range(max(first, 1), last):
-            labels[position - 1] = ids[position]
-    return labels
-
-
-def _common_beginning(ids: Sequence[int], prompt: Sequence[int]) -> int:
-    length = 0
-    for token, expected in zip(ids, prompt, strict=False):
-        if token != expected:
-            break
-        length += 1
-    return length
-
-
-def _index(ids: Sequence[int], token: int, start: int) -> int:
-    """One behind the first ``token`` from ``start`` on; the end of ``ids`` where there is none."""
-    for position in range(start, len(ids)):
-        if ids[position] == token:
-            return position + 1
-    return len(ids)
+    labels = np.full(len(tokens), IGNORED, dtype=np.int32)
+    weights = np.ones(len(tokens), dtype=np.float32)
+    for start, stop, weight in ranges:
+        first, last = max(tokens.beginning_at(start), 1), tokens.beginning_at(stop)
+        labels[first - 1 : last - 1] = tokens.ids[first:last]
+        weights[first - 1 : last - 1] = weight
+    return labels, None if (weights == 1).all() else weights

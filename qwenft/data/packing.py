@@ -39,16 +39,25 @@ def pack(lengths: Sequence[int], capacity: int, *, seed: int = 0) -> list[list[i
     shuffle.shuffle(order)
     order.sort(key=lambda document: -lengths[document])
     bins: list[list[int]] = []
-    space: list[tuple[int, int]] = []  # (tokens left, bin), sorted
+    by_space: dict[int, list[int]] = {}  # tokens left: the bins that have them
+    spaces: list[int] = []  # the keys of these, sorted: no more than the capacity
     for document in order:
-        place = bisect.bisect_left(space, (lengths[document], -1))
-        if place == len(space):
+        length = lengths[document]
+        place = bisect.bisect_left(spaces, length)
+        if place == len(spaces):
             left, number = capacity, len(bins)
             bins.append([])
         else:
-            left, number = space.pop(place)
+            left = spaces[place]
+            number = by_space[left].pop()
+            if not by_space[left]:
+                del by_space[left], spaces[place]
         bins[number].append(document)
-        if left > lengths[document]:
-            bisect.insort(space, (left - lengths[document], number))
+        left -= length
+        if left in by_space:
+            by_space[left].append(number)
+        elif left:
+            by_space[left] = [number]
+            bisect.insort(spaces, left)
     shuffle.shuffle(bins)
     return bins

@@ -1,23 +1,27 @@
-"""Rows of conversations, each with the place it came from."""
+"""Rows of files and of memory, each with the place it came from."""
 
 from __future__ import annotations
 
+import csv
+import glob
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from qwenft.data.formats import conversation
 from qwenft.errors import DataError
-from qwenft.specs.rows import Rows
+from qwenft.specs.rows import Rows, without_none
 
 if TYPE_CHECKING:
     from qwenft.specs.data import DataSpec
 
-ROLES = ("system", "user", "assistant", "tool")
 _EXAMPLE = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}'
+_ROWS_AT_ONCE = 1024  # of a Parquet file, decoded together
 
 
 @attrs.frozen
@@ -27,7 +31,7 @@ class Row:
     Args:
         values: its columns.
         file: the path, or "rows in memory".
-        number: the line of the file, or the place in memory, counted from 1.
+        number: the line of a JSONL or CSV file, else the place among the rows, counted from 1.
     """
 
     values: Mapping[str, Any]
@@ -39,17 +43,54 @@ class Row:
         return DataError(f"{self.file}, row {self.number}: {problem}", fix=fix, file=self.file, row=self.number)
 
 
-def read_rows(data: DataSpec) -> Iterator[Row]:
-    """The rows of a source, in its order.
+BadRow = Callable[[DataError], None]
+
+
+def read_rows(data: DataSpec, on_bad_row: BadRow | None = None) -> Iterator[Row]:
+    """The rows of a source, in its order; a glob's files in that of their names.
+
+    Args:
+        data: with the source.
+        on_bad_row: called with the error of a row that cannot be read, which is left out; raised where None.
 
     Raises:
-        DataError: a file is missing or holds no row, or a line is no JSON object; the error names file and line.
+        DataError: a file is missing, changes while it is read or holds no row, or a row is no mapping; the error
+            names file and row.
     """
     if isinstance(data.source, Rows):
         yield from _memory_rows(data.source)
         return
-    for path in data.source:
-        yield from _file_rows(Path(path))
+    for path in files_of(data):
+        yield from _file_rows(path, on_bad_row or _raise)
+
+
+def files_of(data: DataSpec) -> list[Path]:
+    """The files of a source, in its order; none for rows in memory.
+
+    Raises:
+        DataError: one is missing or no regular file.
+    """
+    if isinstance(data.source, Rows):
+        return []
+    files = [path for pattern in data.source for path in _paths(pattern)]
+    for path in files:
+        signature(path)
+    return files
+
+
+def signature(path: Path) -> tuple[int, int, int]:
+    """What changes when a file does: time, size and inode.
+
+    Raises:
+        DataError: it is missing or no regular file.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise _unreadable(path, f"cannot be read: {error.strerror or error}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise _unreadable(path, "is no regular file")  # a FIFO would wait for its writer
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def check_head(data: DataSpec, rows: int = 5) -> None:
@@ -58,41 +99,26 @@ def check_head(data: DataSpec, rows: int = 5) -> None:
     Raises:
         DataError: what would be wrong with them in training.
     """
+    if data.bad_rows == "skip":
+        return
     sources = [data.source] if isinstance(data.source, Rows) else [(path,) for path in data.source]
     for source in sources:
         for row in itertools.islice(read_rows(attrs.evolve(data, source=source)), rows):
-            conversation(row, data.column)
+            conversation(row, data)
 
 
-def conversation(row: Row, column: str) -> list[dict[str, Any]]:
-    """The checked messages of a row.
-
-    Raises:
-        DataError: the column is missing, the conversation empty, a role unknown or a content no string.
-    """
-    if column not in row.values:
-        known = ", ".join(map(repr, row.values)) or "none"
-        raise row.error(f"expected a column {column!r}, got {known}", '.with_columns(messages="your_column")')
-    messages = row.values[column]
-    if not isinstance(messages, list | tuple) or not messages:
-        got = "an empty conversation" if messages in ([], ()) else f"{type(messages).__name__} {messages!r:.60}"
-        raise row.error(f"{column!r}: expected a list of messages, got {got}", _EXAMPLE)
-    return [_message(row, column, place, message) for place, message in enumerate(messages)]
+def _raise(error: DataError) -> None:
+    raise error
 
 
-def _message(row: Row, column: str, place: int, message: Any) -> dict[str, Any]:
-    where = f"{column}[{place}]"
-    if not isinstance(message, Mapping):
-        raise row.error(f"{where}: expected a mapping with role and content, got {message!r:.60}", _EXAMPLE)
-    role = message.get("role")
-    if role not in ROLES:
-        raise row.error(f"{where}: expected a role of {', '.join(ROLES)}, got {role!r}", _EXAMPLE)
-    content = message.get("content")
-    calls_only = role == "assistant" and content is None and message.get("tool_calls")
-    if not isinstance(content, str) and not calls_only:
-        raise row.error(f"{where}.content: expected a string, got {content!r:.60}", _EXAMPLE)
-    # Columnar sources fill absent keys with None, which templates take for present ones.
-    return {key: value for key, value in message.items() if value is not None or key == "content"}
+def _paths(pattern: str) -> list[Path]:
+    """The file of this name, or else those that a glob matches."""
+    if not glob.has_magic(pattern) or glob.glob(glob.escape(pattern)):  # noqa: PTH207
+        return [Path(pattern)]
+    paths = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207 - a pattern may be absolute
+    if not paths:
+        raise _unreadable(Path(pattern), "no file matches")
+    return paths
 
 
 def _memory_rows(rows: Rows) -> Iterator[Row]:
@@ -104,49 +130,131 @@ def _memory_rows(rows: Rows) -> Iterator[Row]:
         yield Row(values, "rows in memory", number)
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
-    number = 0
+def _file_rows(path: Path, on_bad_row: BadRow) -> Iterator[Row]:
+    before = signature(path)
+    read = _READERS.get(path.suffix.lower())
+    if read is None:
+        raise _unreadable(path, f"expected a name that ends in {', '.join(_READERS)}")
+    found = False
     try:
-        with path.open("rb") as lines:  # decoded line by line, so that an error names its own
-            for line_number, line in enumerate(lines, start=1):
-                if line.strip():
-                    number += 1
-                    yield Row(_object(path, line_number, line), str(path), line_number)
+        for row in read(path, on_bad_row):
+            found = True
+            yield row
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read: {error.strerror or error}",
-            fix="a JSONL file in UTF-8, one conversation a line",
-            file=str(path),
-            row=None,
-        ) from None
-    if number == 0:
-        raise DataError(
-            f"{path}: holds no row", fix=f"one conversation a line: {_EXAMPLE}", file=str(path), row=None
-        )
+        raise _unreadable(path, f"cannot be read: {error.strerror or error}") from None
+    if signature(path) != before:
+        raise _unreadable(path, "changed while it was read", "start again when it is written")
+    if not found:
+        raise _unreadable(path, "holds no row", f"one conversation a line: {_EXAMPLE}")
+
+
+def _unreadable(path: Path, problem: str, fix: str = "a JSONL, JSON, Parquet or CSV file") -> DataError:
+    return DataError(f"{path}: {problem}", fix=fix, file=str(path), row=None)
+
+
+def _json_lines(path: Path, on_bad_row: BadRow) -> Iterator[Row]:
+    with path.open("rb") as lines:  # decoded line by line, so that an error names its own
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    values = _object(path, number, line)
+                except DataError as error:
+                    on_bad_row(error)
+                else:
+                    yield Row(values, str(path), number)
 
 
 def _object(path: Path, number: int, line: bytes) -> Mapping[str, Any]:
+    def wrong(problem: str, fix: str = f"one JSON object a line: {_EXAMPLE}") -> DataError:
+        return DataError(f"{path}, line {number}: {problem}", fix=fix, file=str(path), row=number)
+
     try:
-        values = json.loads(line.decode("utf-8-sig").rstrip())
+        values = _parsed(line.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}, line {number}: is no UTF-8: {error}",
-            fix="a JSONL file in UTF-8, one conversation a line",
-            file=str(path),
-            row=number,
-        ) from None
+        raise wrong(f"is no UTF-8: {error}", "a JSONL file in UTF-8, one conversation a line") from None
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}, line {number}: broken JSON at column {error.colno}: {error.msg}",
-            fix=f"one JSON object a line: {_EXAMPLE}",
-            file=str(path),
-            row=number,
-        ) from None
+        raise wrong(f"broken JSON at column {error.colno}: {error.msg}") from None
+    except RecursionError:
+        raise wrong("is nested too deeply") from None
+    except ValueError as error:
+        raise wrong(str(error)) from None
     if not isinstance(values, dict):
-        raise DataError(
-            f"{path}, line {number}: expected a JSON object, got {type(values).__name__}",
-            fix=f"one JSON object a line: {_EXAMPLE}",
-            file=str(path),
-            row=number,
-        )
+        raise wrong(f"expected a JSON object, got {type(values).__name__}")
     return values
+
+
+def _parsed(text: str) -> Any:
+    """The value of a JSON text in which no key stands twice: of two, a parser would silently keep the last."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            names = [name for name, _ in pairs]
+            msg = f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in one object"
+            raise ValueError(msg)
+        return values
+
+    return json.loads(text, object_pairs_hook=once)
+
+
+def _json_file(path: Path, on_bad_row: BadRow) -> Iterator[Row]:
+    """A list of rows, or an object with one list of rows in it."""
+    try:
+        rows = _parsed(path.read_bytes().decode("utf-8-sig"))
+    except RecursionError:
+        raise _unreadable(path, "is nested too deeply") from None
+    except ValueError as error:
+        raise _unreadable(path, f"broken JSON: {error}") from None
+    if isinstance(rows, dict):
+        lists = [value for value in rows.values() if isinstance(value, list)]
+        rows = lists[0] if len(lists) == 1 else rows
+    if not isinstance(rows, list):
+        raise _unreadable(path, f"expected a list of rows, got {type(rows).__name__}", f"[{_EXAMPLE}]")
+    for number, values in enumerate(rows, start=1):
+        row = Row(values, str(path), number)
+        if isinstance(values, dict):
+            yield row
+        else:
+            on_bad_row(row.error(f"expected a JSON object, got {type(values).__name__}", _EXAMPLE))
+
+
+def _parquet(path: Path, _: BadRow) -> Iterator[Row]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(without_none(values), str(path), number)
+    except pa.ArrowException as error:
+        raise _unreadable(path, f"is no whole Parquet file, behind row {number}: {error}") from None
+
+
+def _csv(path: Path, on_bad_row: BadRow) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines, strict=True)
+            for values in reader:
+                row = Row(values, str(path), reader.line_num)
+                if None in values or None in values.values():
+                    expected = len(reader.fieldnames or ())
+                    on_bad_row(row.error(f"expected {expected} columns as in the first line", "quote the commas"))
+                else:
+                    yield row
+    except UnicodeDecodeError as error:
+        raise _unreadable(path, f"is no UTF-8: {error}") from None
+    except csv.Error as error:
+        raise _unreadable(path, f"broken CSV: {error}") from None
+
+
+_READERS: dict[str, Callable[[Path, BadRow], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json_file,
+    ".parquet": _parquet,
+    ".csv": _csv,
+}

@@ -44,6 +44,7 @@ class Batch:
             input_ids=torch.from_numpy(np.concatenate([d.input_ids for d in documents]).astype(np.int64)),
             labels=torch.from_numpy(np.concatenate([d.labels for d in documents]).astype(np.int64)),
             layout=SequenceLayout.from_lengths([len(d) for d in documents]),
+            weights=_weights(documents),
             documents=tuple((d.file, d.row) for d in documents),
         )
 
@@ -80,6 +81,14 @@ class Batch:
         if self.weights is None:
             return float(supervised.sum())
         return float(self.weights[supervised].sum(dtype=torch.float64))
+
+
+def _weights(documents: Sequence[Document]) -> torch.Tensor | None:
+    """[T] float32, or None where every document weighs its tokens alike."""
+    if all(document.weights is None for document in documents):
+        return None
+    ones = [np.ones(len(d), dtype=np.float32) if d.weights is None else d.weights for d in documents]
+    return torch.from_numpy(np.concatenate(ones))
 
 
 class Stream:

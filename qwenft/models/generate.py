@@ -31,9 +31,9 @@ def answer(
         base: with the adapter off.
         **options: of ``generate``.
     """
-    encoder = ChatEncoder(tokenizer)
+    template = ChatEncoder(tokenizer).template()
     conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-    inputs = tokenizer(encoder.prompt(conversation), return_tensors="pt", add_special_tokens=False)
+    inputs = tokenizer(template.ask(conversation), return_tensors="pt", add_special_tokens=False)
     inputs = inputs.to(causal_of(model).lm_head.weight.device)  # the embeddings may be on the host
     was_training = model.training
     model.eval()
@@ -42,7 +42,7 @@ def answer(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=max_new_tokens,
-            eos_token_id=encoder.marks.end,
+            eos_token_id=tokenizer.convert_tokens_to_ids(template.end_token or tokenizer.eos_token),
             pad_token_id=tokenizer.pad_token_id,
             **{"do_sample": False, **options},
         )

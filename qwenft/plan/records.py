@@ -26,8 +26,12 @@ class DataReport:
         supervised: tokens that the loss is taken on.
         longest: the longest document, in tokens.
         dropped: rows longer than max_length, left out.
-        truncated: rows cut at max_length.
+        truncated: rows cut behind the last message that fits.
+        split: rows cut into several documents.
         untrained: rows in which no token is trained, left out.
+        lost: (what the chat template leaves out, in how many rows).
+        skipped: the errors of rows that are wrong, left out.
+        cache: where the tokens were read from or written to, or why they are in memory alone.
         stream_rows: micro-batches of an epoch.
         fill: tokens over the capacity of these rows, 0 to 1.
         steps_per_epoch: optimizer steps of an epoch.
@@ -43,7 +47,11 @@ class DataReport:
     longest: int
     dropped: int
     truncated: int
+    split: int
     untrained: int
+    lost: tuple[tuple[str, int], ...]
+    skipped: tuple[str, ...]
+    cache: str
     stream_rows: int
     fill: float
     steps_per_epoch: int

@@ -17,6 +17,26 @@ class NotebookFigure(Figure):  # type: ignore[misc] # matplotlib has no types he
         return content.getvalue()
 
 
+def plot_lengths(lengths: Any, supervised: Any, max_length: int) -> Any:
+    """How many documents are how long, and how many of their tokens are trained.
+
+    Returns:
+        A matplotlib figure.
+    """
+    figure = NotebookFigure(figsize=(7, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.hist(lengths, bins=40)
+    if len(lengths) and max(lengths) > max_length:
+        left.axvline(max_length, color="tab:red", lw=1, label="max_length")
+        left.legend(frameon=False)
+    left.set(xlabel="tokens of a document", ylabel="documents")
+    right.hist(supervised / lengths if len(lengths) else [], bins=40, range=(0, 1), color="tab:green")
+    right.set(xlabel="share of them that is trained", ylabel="documents")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    return figure
+
+
 def plot_loss(history: list[dict[str, Any]]) -> Any:
     """Training loss of every step, and held-out loss where it was measured.
 

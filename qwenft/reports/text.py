@@ -154,7 +154,10 @@ def data_text(plan: TrainingPlan) -> str:
         for count, what in (
             (data.dropped, "dropped"),
             (data.truncated, "truncated"),
+            (data.split, "split"),
             (data.untrained, "untrained"),
+            (len(data.skipped), "wrong and skipped"),
+            *((count, f"lose {what} to the template") for what, count in data.lost),
         )
         if count
     ]

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from qwenft.errors import SpecError
-from qwenft.specs.base import Check, flag, one_of, spec, text, whole
+from qwenft.errors import SpecError, nearest
+from qwenft.specs.base import Check, flag, one_of, spec, whole
+from qwenft.specs.model import ModelSpec
 from qwenft.specs.rows import Rows, is_dataset
 
-FORMATS = ("messages",)
-OVERFLOWS = ("drop", "truncate", "error")
+if TYPE_CHECKING:
+    from qwenft.reports.data import Description, Preview
+
+# What a row of each format holds, by the names that rows use unless with_columns says others.
+FORMATS: dict[str, dict[str, str]] = {
+    "messages": {"messages": "messages", "tools": "tools"},
+    "conversations": {"conversations": "conversations", "role": "from", "content": "value", "tools": "tools"},
+    "prompt_completion": {"prompt": "prompt", "completion": "completion", "tools": "tools"},
+    "alpaca": {"instruction": "instruction", "input": "input", "output": "output"},
+    "text": {"text": "text"},
+}
+ROLES = ("system", "user", "assistant", "tool")
+OVERFLOWS = ("drop", "truncate", "split", "error")
 
 
 def _source(value: Any) -> tuple[str, ...] | Rows:
@@ -26,7 +40,7 @@ def _source(value: Any) -> tuple[str, ...] | Rows:
     if isinstance(value, list | tuple) or is_dataset(value):
         return Rows(value)
     raise SpecError(
-        f"DataSpec.source: expected a JSONL file, a list of them, a list of dicts or a Dataset, got {value!r}",
+        f"DataSpec.source: expected a file, a list of them, a list of dicts or a Dataset, got {value!r}",
         fix='DataSpec.messages("chats.jsonl")',
         field="source",
         got=value,
@@ -39,34 +53,67 @@ def _is_holdout(value: Any) -> bool:
     return isinstance(value, float) and 0.0 < value < 1.0
 
 
+def _names(value: Any) -> Any:
+    """A mapping as sorted pairs, which compare and hash."""
+    return tuple(sorted(value.items())) if isinstance(value, Mapping) else value
+
+
+def _options(value: Any) -> Any:
+    """A mapping as sorted pairs of a name and JSON; what JSON cannot hold stays as it is, to be refused."""
+    try:
+        return _names({name: json.dumps(one) for name, one in value.items()})
+    except (AttributeError, TypeError, ValueError):
+        return value
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, tuple) and all(
+        isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(one, str) and one for one in pair)
+        for pair in value
+    )
+
+
 @spec
 @attrs.frozen
 class DataSpec:
-    """Conversations from files or memory. Write it with :meth:`messages`.
+    """Conversations from files or memory. Write it with :meth:`messages` or another of its constructors.
 
     Args:
-        format: how a row says a conversation: "messages", a list of {"role", "content"}.
-        source: paths of JSONL files, or rows in memory.
-        column: the column that holds the conversation.
+        format: how a row says a conversation.
+        source: paths or globs of JSONL, JSON, Parquet and CSV files, or rows in memory.
+        columns: (what a format reads, the column or key that holds it), where that has another name.
         max_length: the longest document, in tokens.
-        overflow: what happens to a longer one: "drop" it, "truncate" its end, or stop with an "error".
+        overflow: what happens to a longer one: "drop" it, "truncate" it behind the last message that fits, "split"
+            it between messages, or stop with an "error".
+        overlap: the most tokens of what came before that a further piece of a split document repeats, untrained.
         packed: several documents share a row of the stream; they never see each other.
         row_tokens: the capacity of a packed row; ``max_length`` where None.
         held_out: a fraction of the rows, or other data with their own lengths and packing, kept for evaluation.
-
-    Examples:
-        >>> DataSpec.messages("chats.jsonl").with_max_length(1024).pack().packed
-        True
+        trained_roles: the roles whose messages are trained.
+        turns: "all" of these messages, or the "last" of a conversation.
+        end_of_turn: the control token that ends a trained message is trained too.
+        tool_calls: the calls in a trained message are trained too.
+        thinking: the reasoning in a trained message is kept and trained ("keep"), kept and not trained ("mask"),
+            or left out of the row before it is rendered ("drop").
+        template: options of the chat template by name, in JSON.
+        control_tokens: a row that spells one is refused, or it is encoded as the plain text that it is ("encode").
+        bad_rows: a row that is wrong is an "error", or skipped and listed ("skip").
     """
 
-    format: str = attrs.field(kw_only=True, validator=one_of(FORMATS, 'DataSpec.messages("chats.jsonl")'))
+    format: str = attrs.field(kw_only=True, validator=one_of(tuple(FORMATS), 'DataSpec.messages("chats.jsonl")'))
     source: tuple[str, ...] | Rows = attrs.field(kw_only=True, converter=_source)
-    column: str = attrs.field(
-        default="messages", kw_only=True, validator=text('.with_columns(messages="conversation")')
+    columns: tuple[tuple[str, str], ...] = attrs.field(
+        default=(),
+        kw_only=True,
+        converter=_names,
+        validator=Check(_are_texts, "names of columns", '.with_columns(messages="conversation")'),
     )
     max_length: int = attrs.field(default=2048, kw_only=True, validator=whole(".with_max_length(2048)", low=2))
     overflow: str = attrs.field(
         default="drop", kw_only=True, validator=one_of(OVERFLOWS, '.with_max_length(2048, overflow="drop")')
+    )
+    overlap: int = attrs.field(
+        default=0, kw_only=True, validator=whole('.with_max_length(2048, overflow="split", overlap=256)', low=0)
     )
     packed: bool = attrs.field(default=False, kw_only=True, validator=flag(".pack()"))
     row_tokens: int | None = attrs.field(
@@ -77,23 +124,126 @@ class DataSpec:
         kw_only=True,
         validator=Check(_is_holdout, "a fraction above 0 and below 1, or a DataSpec", ".hold_out(0.05)"),
     )
+    trained_roles: tuple[str, ...] = attrs.field(
+        default=("assistant",),
+        kw_only=True,
+        validator=Check(
+            lambda v: isinstance(v, tuple) and v != () and all(role in ROLES for role in v),
+            f"roles of {', '.join(ROLES)}",
+            '.train_on("assistant")',
+        ),
+    )
+    turns: str = attrs.field(
+        default="all", kw_only=True, validator=one_of(("all", "last"), '.train_on(turns="all")')
+    )
+    end_of_turn: bool = attrs.field(default=True, kw_only=True, validator=flag(".train_on(end_of_turn=True)"))
+    tool_calls: bool = attrs.field(default=True, kw_only=True, validator=flag(".train_on(tool_calls=True)"))
+    thinking: str = attrs.field(
+        default="keep", kw_only=True, validator=one_of(("keep", "mask", "drop"), '.with_thinking("keep")')
+    )
+    template: tuple[tuple[str, str], ...] = attrs.field(
+        default=(),
+        kw_only=True,
+        converter=_options,
+        validator=Check(
+            _are_texts, "options by name, of what JSON holds", ".with_template(enable_thinking=False)"
+        ),
+    )
+    control_tokens: str = attrs.field(
+        default="refuse",
+        kw_only=True,
+        validator=one_of(("refuse", "encode"), '.with_control_tokens("refuse")'),
+    )
+    bad_rows: str = attrs.field(
+        default="error", kw_only=True, validator=one_of(("error", "skip"), '.on_bad_row("error")')
+    )
 
     @classmethod
     def messages(cls, source: Any) -> DataSpec:
-        """Rows whose ``messages`` column is a list of {"role": ..., "content": ...}.
+        """Rows whose ``messages`` column is a list of {"role": ..., "content": ...}, as OpenAI's API has them.
+
+        A message may also hold ``reasoning_content``, ``tool_calls``, and ``train`` and ``weight``, which decide
+        of its training; a content may come in parts, {"type": "text", "text": ..., "train": ..., "weight": ...}. A
+        column ``tools`` holds the JSON schemas of the tools.
 
         Args:
-            source: a JSONL file, a list of them, a list of dicts, or a ``datasets.Dataset``.
+            source: a JSONL, JSON, Parquet or CSV file, a glob, a list of these, a list of dicts, or a
+                ``datasets.Dataset``.
+
+        Examples:
+            >>> DataSpec.messages("chats.jsonl").with_max_length(1024).pack().packed
+            True
         """
         return cls(format="messages", source=source)
 
-    def with_columns(self, *, messages: str) -> DataSpec:
-        """Read the conversation from the column named ``messages``."""
-        return attrs.evolve(self, column=messages)
+    @classmethod
+    def conversations(cls, source: Any) -> DataSpec:
+        """Rows whose ``conversations`` are lists of {"from": "human", "value": ...}, as ShareGPT has them."""
+        return cls(format="conversations", source=source)
 
-    def with_max_length(self, tokens: int, overflow: str = "drop") -> DataSpec:
+    @classmethod
+    def prompt_completion(cls, source: Any) -> DataSpec:
+        """Rows with a ``prompt`` and a ``completion``, which is trained: texts or lists of messages."""
+        return cls(format="prompt_completion", source=source)
+
+    @classmethod
+    def alpaca(cls, source: Any) -> DataSpec:
+        """Rows with an ``instruction``, an ``input`` that may be empty, and an ``output``."""
+        return cls(format="alpaca", source=source)
+
+    @classmethod
+    def text(cls, source: Any) -> DataSpec:
+        """Rows with a ``text``, which is trained whole, without a chat template, and ends with the end of text."""
+        return cls(format="text", source=source)
+
+    def with_columns(self, **names: str) -> DataSpec:
+        """Say which columns, or keys of a message, hold what the format reads: ``messages="dialogue"``."""
+        known = FORMATS[self.format]
+        for name in names:
+            if name not in known:
+                raise SpecError(
+                    f"DataSpec.with_columns has no argument {name!r}{nearest(name, known)}",
+                    fix=f".with_columns({', '.join(f'{key}={value!r}' for key, value in known.items())})",
+                    got=name,
+                    expected=tuple(known),
+                )
+        return attrs.evolve(self, columns={**dict(self.columns), **names})
+
+    def with_max_length(self, tokens: int, overflow: str = "drop", overlap: int = 0) -> DataSpec:
         """Say how long a document may be, and what happens to a longer one."""
-        return attrs.evolve(self, max_length=tokens, overflow=overflow)
+        return attrs.evolve(self, max_length=tokens, overflow=overflow, overlap=overlap)
+
+    def train_on(
+        self,
+        *roles: str,
+        turns: str | None = None,
+        end_of_turn: bool | None = None,
+        tool_calls: bool | None = None,
+    ) -> DataSpec:
+        """Say which messages are trained, and what of them."""
+        return attrs.evolve(
+            self,
+            trained_roles=roles or self.trained_roles,
+            turns=self.turns if turns is None else turns,
+            end_of_turn=self.end_of_turn if end_of_turn is None else end_of_turn,
+            tool_calls=self.tool_calls if tool_calls is None else tool_calls,
+        )
+
+    def with_thinking(self, thinking: str) -> DataSpec:
+        """Say whether reasoning is trained ("keep"), shown and not trained ("mask"), or left out ("drop")."""
+        return attrs.evolve(self, thinking=thinking)
+
+    def with_template(self, **options: Any) -> DataSpec:
+        """Pass options to the chat template, such as ``enable_thinking=False``."""
+        return attrs.evolve(self, template={**self.template_options, **options})
+
+    def with_control_tokens(self, control_tokens: str) -> DataSpec:
+        """Say what becomes of control tokens that a row spells: "refuse" the row, or "encode" them as text."""
+        return attrs.evolve(self, control_tokens=control_tokens)
+
+    def on_bad_row(self, bad_rows: str) -> DataSpec:
+        """Say what becomes of a row that is wrong: "error", or "skip" and list it."""
+        return attrs.evolve(self, bad_rows=bad_rows)
 
     def pack(self, row_tokens: int | None = None) -> DataSpec:
         """Put several documents into rows of ``row_tokens`` tokens, or of max_length where None."""
@@ -106,6 +256,46 @@ class DataSpec:
     def hold_out(self, data: float | DataSpec) -> DataSpec:
         """Keep a fraction of the rows, or other data, for evaluation."""
         return attrs.evolve(self, held_out=data)
+
+    def preview(self, model: ModelSpec | str, n: int = 3) -> Preview:
+        """The first documents as the model will meet them, every token with its role and whether it is trained.
+
+        Args:
+            model: whose tokenizer and chat template are used.
+            n: how many.
+
+        Returns:
+            Shown in colours in a notebook, and printed in colours in a terminal.
+
+        Raises:
+            DataError: a row is wrong.
+        """
+        from qwenft.reports.data import preview
+
+        return preview(self, model if isinstance(model, ModelSpec) else ModelSpec(model), n)
+
+    def describe(self, model: ModelSpec | str) -> Description:
+        """All documents in numbers: lengths, trained tokens, duplicates, and the rows that are refused.
+
+        Args:
+            model: whose tokenizer and chat template are used.
+
+        Returns:
+            Shown as a table; ``.plot()`` draws it.
+        """
+        from qwenft.reports.data import describe
+
+        return describe(self, model if isinstance(model, ModelSpec) else ModelSpec(model))
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The columns and keys that the format reads, by what they hold."""
+        return {**FORMATS[self.format], **dict(self.columns)}
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """What is passed to the chat template, by name."""
+        return {name: json.loads(value) for name, value in self.template}
 
     @property
     def capacity(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from qwenft.errors import SpecError
@@ -32,14 +32,14 @@ class Rows:
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         if self._lines is not None:
             return (json.loads(line) for line in self._lines)
-        return iter(self._rows)
+        return (without_none(row) for row in self._rows)
 
     def __len__(self) -> int:
         return len(self._rows if self._lines is None else self._lines)
 
     def lines(self) -> Iterator[str]:
         """Each row as one line of JSON."""
-        return iter(self._lines) if self._lines is not None else _lines(self._rows)
+        return iter(self._lines) if self._lines is not None else _lines(self)
 
     @property
     def digest(self) -> str:
@@ -66,7 +66,16 @@ def is_dataset(value: Any) -> bool:
     return hasattr(value, "column_names") and hasattr(value, "__len__") and hasattr(value, "__iter__")
 
 
-def _lines(rows: Sequence[Any]) -> Iterator[str]:
+def without_none(value: Any) -> Any:
+    """``value`` without the None that columnar data hold for absent keys, and templates take for present ones."""
+    if isinstance(value, Mapping):
+        return {key: without_none(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list | tuple):
+        return [without_none(inner) for inner in value]
+    return value
+
+
+def _lines(rows: Iterable[Any]) -> Iterator[str]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise SpecError(

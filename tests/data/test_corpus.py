@@ -69,13 +69,53 @@ def test_long_rows_are_dropped_and_counted(read, lengths):
     assert [document.row for document in corpus.train.documents] == [1, 2, 4, 6]
 
 
-def test_long_rows_are_truncated_and_counted(read, lengths):
-    """Under "truncate" a longer row loses its end and the label there, and the others are as they were."""
-    limit = sorted(lengths(CHATS))[3]
-    corpus = read(DataSpec.messages(CHATS).with_max_length(limit, "truncate"))
-    assert (corpus.report.documents, corpus.report.truncated, corpus.report.dropped) == (6, 2, 0)
-    assert corpus.report.longest == limit
-    assert all(document.labels[-1] == -100 for document in corpus.train.documents)
+def exchanges(*words):
+    """A conversation of as many exchanges, with answers of so many words."""
+    return {"messages": [message for count in words for message in chat(count)["messages"]]}
+
+
+def texts(encoder, document):
+    """What a document says, and what of it is trained."""
+    decode = encoder.tokenizer.decode
+    return decode(document.input_ids), decode(document.labels[document.labels != -100])
+
+
+def test_long_rows_are_truncated_behind_a_message(read, lengths, encoder):
+    """Under "truncate" a longer row ends behind the last message that fits; one whose first does not is dropped."""
+    first, both = exchanges(4), exchanges(4, 60)
+    (limit,) = lengths([first])
+    rows = [both, first, {"messages": [{"role": "user", "content": WORDS * 9}, *chat(2)["messages"][1:]]}]
+    corpus = read(DataSpec.messages(rows).with_max_length(limit + 20, "truncate"))
+    assert (corpus.report.documents, corpus.report.truncated, corpus.report.dropped) == (2, 1, 1)
+    cut, whole = (texts(encoder, document) for document in corpus.train.documents)
+    assert cut[0].endswith("the quick brown fox<|im_end|>\n<|im_start|>user\nSay.<|im_end|>")
+    assert cut[1] == whole[1] == "the quick brown fox<|im_end|>"
+
+
+def test_long_rows_are_split_and_every_answer_is_trained_once(read, lengths, encoder):
+    """Under "split" pieces end where messages do and, put together, train what the whole row trains."""
+    row = exchanges(5, 30, 8, 20, 3, 12)
+    (whole,) = read(DataSpec.messages([row])).train.documents
+    limit = max(lengths([exchanges(30)])) + 20
+    for overlap in (0, 40, 10_000):
+        corpus = read(DataSpec.messages([row]).with_max_length(limit, "split", overlap=overlap))
+        pieces = corpus.train.documents
+        assert (corpus.report.split, corpus.report.dropped) == (1, 0)
+        assert len(pieces) > 2
+        assert all(len(piece) <= limit for piece in pieces)
+        assert all(texts(encoder, piece)[0].endswith("<|im_end|>") for piece in pieces[:-1])
+        assert "".join(texts(encoder, piece)[1] for piece in pieces) == texts(encoder, whole)[1]
+        repeated = sum(map(len, pieces)) - len(whole)
+        assert repeated > 0 if overlap else repeated == 0
+
+
+def test_a_message_that_is_longer_than_a_row_is_split_as_rows_fill(read):
+    """Each token of a long answer is trained in one piece, and predicted from the one before it."""
+    (whole,) = read(DataSpec.messages([chat(100)])).train.documents
+    pieces = read(DataSpec.messages([chat(100)]).with_max_length(24, "split")).train.documents
+    trained = [label for piece in pieces for label in piece.labels.tolist() if label != -100]
+    assert trained == whole.labels[whole.labels != -100].tolist()
+    assert max(map(len, pieces)) == 24
 
 
 def test_a_long_row_stops_the_reading(read, lengths):
@@ -84,7 +124,7 @@ def test_a_long_row_stops_the_reading(read, lengths):
     long = lengths(CHATS)[2]
     message = (
         rf"rows in memory, row 3: {long} tokens are more than max_length = {limit}\n"
-        rf'  Fix: \.with_max_length\({long}\), or overflow="drop" or "truncate"'
+        rf'  Fix: \.with_max_length\({long}\), or overflow="drop", "truncate" or "split"'
     )
     with pytest.raises(DataError, match=message) as caught:
         read(DataSpec.messages(CHATS).with_max_length(limit, "error"))
@@ -94,12 +134,7 @@ def test_a_long_row_stops_the_reading(read, lengths):
 
 def test_rows_that_train_nothing_are_counted_and_left_out(read, lengths):
     """A row without an assistant turn, and one cut before it, train nothing."""
-    rows = [
-        chat(3),
-        chat(0, answered=False),
-        chat(5),
-        {"messages": [{"role": "user", "content": WORDS * 9}, *chat(2)["messages"][1:]]},
-    ]
+    rows = [chat(3), chat(0, answered=False), chat(5), chat(90)]
     limit = max(lengths(rows[:3]))
     report = read(DataSpec.messages(rows).with_max_length(limit, "truncate")).report
     assert (report.rows, report.documents, report.untrained, report.truncated) == (4, 2, 2, 1)

@@ -3,7 +3,8 @@ import json
 import datasets
 import pytest
 
-from qwenft.data.sources import check_head, conversation, read_rows
+from qwenft.data.formats import conversation
+from qwenft.data.sources import check_head, read_rows
 from qwenft.errors import DataError, QwenftError
 from qwenft.specs.data import DataSpec
 
@@ -12,7 +13,8 @@ LINE = json.dumps(CHAT)
 
 
 def conversations(source, column="messages"):
-    return [conversation(row, column) for row in read_rows(DataSpec.messages(source))]
+    data = DataSpec.messages(source).with_columns(messages=column)
+    return [list(conversation(row, data).messages) for row in read_rows(data)]
 
 
 @pytest.fixture
@@ -87,10 +89,10 @@ def test_a_file_that_is_missing_is_named(tmp_path):
     gone = tmp_path / "gone.jsonl"
     with pytest.raises(
         DataError,
-        match=r"gone\.jsonl: cannot be read: No such file or directory\n  Fix: a JSONL file",
+        match=r"gone\.jsonl: cannot be read: No such file or directory\n  Fix: a JSONL, JSON, Parquet or CSV file",
     ):
         list(read_rows(DataSpec.messages(gone)))
-    with pytest.raises(DataError, match=r"cannot be read: Is a directory") as caught:
+    with pytest.raises(DataError, match=r"is no regular file") as caught:
         list(read_rows(DataSpec.messages(tmp_path)))
     assert caught.value.file == str(tmp_path)
 
@@ -128,12 +130,15 @@ def user(content):
         ({"messages": [user(None)]}, r"messages\[0\]\.content: expected a string, got None"),
         ({"messages": [user(3)]}, r"messages\[0\]\.content: expected a string, got 3"),
         (
-            {"messages": [user([{"type": "text", "text": "a"}])]},
-            r"messages\[0\]\.content: expected a string, got \[",
+            {"messages": [user([{"type": "image", "image": "a"}])]},
+            r"messages\[0\]\.content\[0\]: expected \{\"type\": \"text\", \"text\": \.\.\.\}, got \{",
         ),
         ({"messages": [{"role": "assistant"}]}, r"messages\[0\]\.content: expected a string, got None"),
         ({"messages": [{"role": "assistant", "tool_calls": []}]}, r"messages\[0\]\.content: expected a string"),
-        ({"messages": [{"role": "user", "tool_calls": [1]}]}, r"messages\[0\]\.content: expected a string"),
+        (
+            {"messages": [{"role": "user", "tool_calls": [1]}]},
+            r"messages\[0\]\.tool_calls: only an assistant calls tools, got a user",
+        ),
     ],
 )
 def test_a_wrong_conversation_is_named_by_file_and_row(write, row, message):

@@ -413,7 +413,9 @@ def test_what_long_rows_lose_is_told():
     """Dropping and truncating are noted; stopping with an error loses nothing."""
     text = "data.overflow: rows longer than 64 tokens are {} and counted"
     assert one(recipe(data=DATA.with_max_length(64)), "data.overflow", "note") == text.format("left out")
-    assert one(recipe(data=DATA.with_max_length(64, "truncate")), "data.overflow", "note") == text.format("cut")
+    assert one(recipe(data=DATA.with_max_length(64, "truncate")), "data.overflow", "note") == text.format(
+        "cut behind a message"
+    )
     assert found(recipe(data=DATA.with_max_length(64, "error")), "data.overflow", "note") == []
 
 

@@ -5,6 +5,7 @@ from qwenft.reports.live import Progress, TimeLeft
 from qwenft.specs.training import TrainingSpec
 
 COUNTED = {"rows": 9, "documents": 9, "supervised": 9, "longest": 9, "dropped": 0, "truncated": 0, "untrained": 0}
+COUNTED |= {"split": 0, "lost": (), "skipped": (), "cache": ""}
 
 
 def report(steps, steps_per_epoch, tokens):

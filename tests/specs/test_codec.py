@@ -178,7 +178,7 @@ def test_rows_that_were_changed_are_not_taken_for_those_saved(tmp_path, content)
         ),
         (TrainingSpec, [], r"TrainingSpec: expected a JSON object, got \[\]"),
         (DataSpec, {"source": ["a"]}, r"DataSpec: required field missing @ \$\.format"),
-        (DataSpec, {"format": "messages", "source": 5}, r"DataSpec\.source: expected a JSONL file"),
+        (DataSpec, {"format": "messages", "source": 5}, r"DataSpec\.source: expected a file"),
         (DataSpec, {"format": "messages", "source": {"row": 5}}, r"DataSpec\.source: expected paths or"),
         (
             DataSpec,

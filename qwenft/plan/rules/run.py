@@ -44,7 +44,7 @@ def lengths_fit(draft: Draft) -> Iterator[Finding]:
 def data_loss(draft: Draft) -> Iterator[Finding]:
     """Say what happens to long rows, before they are counted."""
     if draft.data is not None and draft.data.overflow != "error":
-        verb = "left out" if draft.data.overflow == "drop" else "cut"
+        verb = {"drop": "left out", "truncate": "cut behind a message", "split": "split"}[draft.data.overflow]
         yield note("data.overflow", f"rows longer than {draft.data.max_length:,} tokens are {verb} and counted")
 
 
