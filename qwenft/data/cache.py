@@ -88,6 +88,8 @@ def tokenised(data: DataSpec, encoder: ChatEncoder) -> Tokenised:
         return attrs.evolve(found, cache=f"read from {place}")
     skipped: list[DataError] = []
     documents = list(encoder.encode(data, skipped if data.bad_rows == "skip" else None))
+    order = {str(path): number for number, path in enumerate(files)}
+    skipped.sort(key=lambda error: (order.get(error.file, 0), error.row))
     for path, then in zip(files, before, strict=True):
         if signature(path) != then:
             raise DataError(f"{path}: changed while it was read", fix="start again when it is written", row=None)
@@ -143,11 +145,11 @@ def _write(built: Tokenised, place: Path, files: Sequence[Path]) -> None:
         errors = [_named(error, files) for error in built.skipped]
         index = json.dumps({"counts": counts, "lost": lost, "skipped": errors})
         (beside / "index.json").write_text(index, encoding="utf-8")
-        beside.rename(place)
-    except FileExistsError:
-        pass
+        if _read(place, files) is None:  # another build was not first
+            shutil.rmtree(place, ignore_errors=True)
+            beside.rename(place)
     except OSError:
-        if not place.exists():  # of a folder that is not empty, some systems say it otherwise
+        if _read(place, files) is None:
             raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -162,8 +162,9 @@ class ChatEncoder:
 
     def shown(self, data: DataSpec, skipped: list[DataError] | None = None) -> Iterator[list[ShownToken]]:
         """The documents of :meth:`encode`, token by token."""
+        end = self.template(data.template_options).end
         for document, (one, tokens) in self._encoded(data, skipped):
-            yield list(_shown(document, one, tokens))
+            yield list(_shown(document, one, tokens, end))
 
     def _encoded(
         self, data: DataSpec, skipped: list[DataError] | None
@@ -251,17 +252,21 @@ def _document(one: _Rendered, tokens: Tokens, data: DataSpec) -> Document:
     )
 
 
-def _shown(document: Document, one: _Rendered, tokens: Tokens) -> Iterator[ShownToken]:
-    """What stands behind one turn, up to the end of the next, belongs to the next."""
-    messages = one.conversation.messages
-    turns = sorted(one.rendered.turns.values(), key=lambda turn: turn.stop)
-    roles = [(turn.stop, messages[turn.message]["role"]) for turn in turns] or [(len(one.rendered.text), "text")]
+def _shown(document: Document, one: _Rendered, tokens: Tokens, end: str) -> Iterator[ShownToken]:
+    """Every token, with the role of its message; what stands between two ends belongs to one message."""
+    text, messages = one.rendered.text, one.conversation.messages
+    turns = sorted(one.rendered.turns.values(), key=lambda turn: turn.start)
+    bounds = []
+    for turn, following in itertools.pairwise(turns):
+        place = text.rfind(end, turn.stop, following.start) if end else -1
+        bounds.append(turn.stop if place < 0 else place + len(end))
+    roles = [messages[turn.message]["role"] for turn in turns] or ["text"]
     weights = np.where(document.labels == IGNORED, 0.0, 1.0 if document.weights is None else document.weights)
-    place = 0
-    for weight, (character, text) in zip([0.0, *weights[:-1].tolist()], tokens.texts(), strict=True):
-        while place + 1 < len(roles) and character >= roles[place][0]:
-            place += 1
-        yield ShownToken(text, roles[place][1], weight)
+    message = 0
+    for weight, (character, shown) in zip([0.0, *weights[:-1].tolist()], tokens.texts(), strict=True):
+        while message < len(bounds) and character >= bounds[message]:
+            message += 1
+        yield ShownToken(shown, roles[message], weight)
 
 
 def _lost(said: Conversation, rendered: Rendered) -> tuple[str, ...]:

@@ -115,11 +115,11 @@ class Tokens:
         return len(self)
 
     def texts(self) -> Iterator[tuple[int, str]]:
-        """The first character of each token and the text that it stands for; a part of a character has none."""
+        """The first character of each token, and the text up to its end from the end of the one before it."""
         for start, text, _, encoding in self._pieces:
             done = 0
             for first, last in encoding.offsets:
-                yield start + first, text[max(first, done) : last]
+                yield start + first, text[done:last]
                 done = max(done, last)
 
 

@@ -111,23 +111,27 @@ class Description:
 
     def rows(self) -> list[tuple[str, str]]:
         """What is known, a line each."""
-        if not len(self.lengths):
-            return [("documents", "0"), ("rows refused", f"{len(self.refused):,}")]
+        wrong = [str(error).splitlines()[0] for error in self.refused]
+        return [
+            ("documents", f"{len(self.lengths):,}"),
+            *(self._of_documents() if len(self.lengths) else ()),
+            ("rows refused", f"{len(wrong):,}"),
+            *(("", line) for line in wrong[:5]),
+        ]
+
+    def _of_documents(self) -> list[tuple[str, str]]:
         tokens, supervised = int(self.lengths.sum()), int(self.supervised.sum())
         parts = ", ".join(f"{int(q):,}" for q in np.percentile(self.lengths, [5, 25, 50, 75, 95]))
         longer = self.lengths > self.max_length
         in_longer = self.lengths[longer].sum() / tokens
-        lines = [
-            ("documents", f"{len(self.lengths):,}"),
+        return [
             ("tokens", f"{tokens:,}, {supervised:,} of them trained ({supervised / tokens:.0%})"),
             ("lengths", f"{self.lengths.min():,} to {self.lengths.max():,}; 5, 25, 50, 75, 95 %: {parts}"),
             ("too long", f"{longer.sum():,} above {self.max_length:,} tokens, with {in_longer:.1%} of all tokens"),
             ("duplicates", f"{self.duplicates:,}"),
             ("near empty", f"{self.near_empty:,} of at most {_NEAR_EMPTY} trained tokens"),
             *(("left out", f"{what} in {count:,} rows, by the chat template") for what, count in self.lost),
-            ("rows refused", f"{len(self.refused):,}"),
         ]
-        return [*lines, *(("", str(error).splitlines()[0]) for error in self.refused[:5])]
 
     def __str__(self) -> str:
         return table(("", ""), self.rows()).strip("\n ")
