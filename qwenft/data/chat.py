@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -17,7 +18,7 @@ from qwenft.errors import DataError
 
 if TYPE_CHECKING:
     import re
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from qwenft.data.formats import Conversation
     from qwenft.data.sources import Row
@@ -111,6 +112,15 @@ class ShownToken:
 
 
 @attrs.frozen(eq=False)
+class _Asked:
+    """A row, what it says, and the control tokens that it spells: (where, token)."""
+
+    row: Row
+    said: Conversation
+    spelt: tuple[tuple[str, str], ...]
+
+
+@attrs.frozen(eq=False)
 class _Rendered:
     """A row on its way: what it says and its rendered text, in pieces that are tokenised on their own."""
 
@@ -178,47 +188,18 @@ class ChatEncoder:
 
         rows = read_rows(data, refuse)
         while chunk := list(itertools.islice(rows, _RENDERED_AT_ONCE)):
-            rendered = []
-            for row in chunk:
-                try:
-                    rendered.append(self._render(row, data, template))
-                except DataError as error:
-                    refuse(error)
-            for one, tokens in zip(rendered, self._tokenise(rendered), strict=True):
-                try:
-                    document = _document(one, tokens, data)
-                except PlacementError as error:
-                    refuse(one.row.error(str(error)))
-                else:
-                    yield document, (one, tokens)
+            asked = list(_kept(refuse, partial(_asked, data=data, template=template), chunk))
+            texts = self._texts_of(asked, template)
+            rendered = list(_kept(refuse, partial(_rendered, template=template), asked, texts))
+            tokens = list(self._tokenise(rendered))
+            yield from _kept(refuse, partial(_told, data=data), rendered, tokens)
 
-    def _render(self, row: Row, data: DataSpec, template: ChatTemplate) -> _Rendered:
-        said = conversation(row, data)
-        if data.thinking == "drop":
-            said = _without_reasoning(said)
-        spelt = list(_spelt(said, template.control_tokens))
-        if spelt and data.control_tokens == "refuse":
-            where, token = spelt[0]
-            raise row.error(
-                f"{where} holds the control token {token}",
-                'remove it, or .with_control_tokens("encode") to take it for plain text',
-            )
+    def _texts_of(self, asked: Sequence[_Asked], template: ChatTemplate) -> Iterator[Rendered | PlacementError]:
+        """What the template makes of each; plain text is followed by the token that ends a text."""
+        chats = iter(template.render([one.said for one in asked if one.said.text is None]))
         end = self.tokenizer.eos_token or ""
-        try:
-            rendered = template.render(said) if said.text is None else Rendered(said.text + end, (), {}, ())
-            rendered.text.encode()
-        except UnicodeEncodeError as error:
-            character = rendered.text[error.start]
-            raise row.error(f"holds half of a surrogate pair, {character!a}, which is no character") from None
-        except PlacementError as error:
-            raise row.error(str(error)) from None
-        if said.text is not None:
-            return _Rendered(row, said, rendered, ((said.text, bool(spelt)), (end, False)))
-        pieces = _apart(rendered, template.control_tokens) if spelt else ((rendered.text, False),)
-        if len(spelt) > sum(len(template.control_tokens.findall(text)) for text, is_plain in pieces if is_plain):
-            where, token = spelt[0]
-            raise row.error(f"{where} holds the control token {token} outside of its content", "remove it")
-        return _Rendered(row, said, rendered, pieces)
+        for one in asked:
+            yield next(chats) if one.said.text is None else Rendered(one.said.text + end, (), {}, ())
 
     def _tokenise(self, rendered: Sequence[_Rendered]) -> Iterator[Tokens]:
         """The tokens of every row, in two batches: text whose control tokens act, and text that is plain."""
@@ -234,6 +215,58 @@ class ChatEncoder:
         for one in rendered:
             encodings = [next(encoded[is_plain]) for _, is_plain in one.pieces]
             yield Tokens(encodings, [text for text, _ in one.pieces])
+
+
+def _kept(refuse: Callable[[DataError], None], make: Callable[..., Any], *columns: Iterable[Any]) -> Iterator[Any]:
+    """What is made of each line of the columns, without those that are refused."""
+    for line in zip(*columns, strict=True):
+        try:
+            made = make(*line)
+        except PlacementError as error:
+            refuse(line[0].row.error(str(error)))
+        except DataError as error:
+            refuse(error)
+        else:
+            yield made
+
+
+def _asked(row: Row, data: DataSpec, template: ChatTemplate) -> _Asked:
+    said = conversation(row, data)
+    if data.thinking == "drop":
+        said = _without_reasoning(said)
+    spelt = tuple(_spelt(said, template.control_tokens))
+    if spelt and data.control_tokens == "refuse":
+        where, token = spelt[0]
+        raise row.error(
+            f"{where} holds the control token {token}",
+            'remove it, or .with_control_tokens("encode") to take it for plain text',
+        )
+    return _Asked(row, said, spelt)
+
+
+def _rendered(asked: _Asked, rendered: Rendered | PlacementError, template: ChatTemplate) -> _Rendered:
+    if isinstance(rendered, PlacementError):
+        raise rendered
+    try:
+        rendered.text.encode()
+    except UnicodeEncodeError as error:
+        msg = f"holds half of a surrogate pair, {rendered.text[error.start]!a}, which is no character"
+        raise PlacementError(msg) from None
+    if asked.said.text is not None:
+        end = rendered.text[len(asked.said.text) :]
+        return _Rendered(asked.row, asked.said, rendered, ((asked.said.text, bool(asked.spelt)), (end, False)))
+    pieces = _apart(rendered, template.control_tokens) if asked.spelt else ((rendered.text, False),)
+    apart = sum(len(template.control_tokens.findall(text)) for text, is_plain in pieces if is_plain)
+    if apart < len(asked.spelt):
+        where, token = asked.spelt[0]
+        msg = f"{where} holds the control token {token} outside of its content"
+        raise PlacementError(msg)
+    return _Rendered(asked.row, asked.said, rendered, pieces)
+
+
+def _told(one: _Rendered, tokens: Tokens, data: DataSpec) -> tuple[Document, tuple[_Rendered, Tokens]]:
+    """A document, and what it was made of."""
+    return _document(one, tokens, data), (one, tokens)
 
 
 def _document(one: _Rendered, tokens: Tokens, data: DataSpec) -> Document:

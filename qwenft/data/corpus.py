@@ -37,6 +37,9 @@ class Corpus:
     digests: dict[str, str]
 
 
+_STEPS = 16  # of the histogram of lengths
+
+
 @attrs.define
 class _Counts:
     rows: int = 0
@@ -47,6 +50,8 @@ class _Counts:
     lost: Counter[str] = attrs.field(factory=Counter)
     skipped: list[DataError] = attrs.field(factory=list)
     cache: str = ""
+    lengths: list[int] = attrs.field(factory=list)
+    kept_tokens: int = 0
 
 
 def read_corpus(data: DataSpec, training: TrainingSpec, encoder: ChatEncoder) -> Corpus:
@@ -79,6 +84,9 @@ def read_corpus(data: DataSpec, training: TrainingSpec, encoder: ChatEncoder) ->
         untrained=counts.untrained,
         lost=tuple(sorted(counts.lost.items())),
         skipped=tuple(str(error) for error in counts.skipped),
+        read_tokens=sum(counts.lengths),
+        lost_tokens=sum(counts.lengths) - counts.kept_tokens,
+        lengths=_histogram(counts.lengths),
         cache=counts.cache,
         stream_rows=len(rows),
         fill=tokens / (len(rows) * data.capacity),
@@ -92,6 +100,12 @@ def read_corpus(data: DataSpec, training: TrainingSpec, encoder: ChatEncoder) ->
     other = data.held_out if isinstance(data.held_out, DataSpec) else data
     digests = {**_digests(documents, ""), **_digests(held_out, "held out, ")}
     return Corpus(train, _stream(held_out, other, training) if held_out else None, report, digests)
+
+
+def _histogram(lengths: list[int]) -> tuple[tuple[int, int], ...]:
+    width = max(1, -(-max(lengths) // _STEPS))
+    found = Counter((length - 1) // width for length in lengths)
+    return tuple(((step + 1) * width, found[step]) for step in range(max(found) + 1))
 
 
 def _stream(documents: list[Document], data: DataSpec, training: TrainingSpec) -> Stream:
@@ -116,6 +130,9 @@ def _fitting(data: DataSpec, encoder: ChatEncoder, counts: _Counts) -> list[Docu
         trained = [piece for piece in pieces if piece.supervised]
         counts.untrained += bool(pieces) and not trained
         documents += trained
+        counts.lengths.append(len(document))
+        # What pieces repeat as context is not lost, nor is it kept twice.
+        counts.kept_tokens += min(sum(map(len, trained)), len(document))
     counts.rows += len(counts.skipped)
     return documents
 

@@ -8,6 +8,8 @@ prompt and off an answer that it renders.
 
 from __future__ import annotations
 
+import itertools
+import operator
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -95,6 +97,14 @@ class _Text(NamedTuple):
     part: int
 
 
+class _Marked(NamedTuple):
+    """Messages with marks, and what they mark in the order of the marks' numbers."""
+
+    mark: str
+    messages: list[dict[str, Any]]
+    texts: list[_Text]
+
+
 class ChatTemplate:
     """The chat template of a tokenizer, with the options that are passed to it.
 
@@ -132,33 +142,47 @@ class ChatTemplate:
         """The text that asks for an answer to ``messages``."""
         return self._render(messages, add_generation_prompt=True, **options)
 
-    def render(self, conversation: Conversation) -> Rendered:
-        """Render a conversation and find its messages.
+    def render(self, conversations: Sequence[Conversation]) -> list[Rendered | PlacementError]:
+        """Render conversations and find their messages.
 
-        Raises:
-            PlacementError: the template refuses it, repeats a text, or writes it otherwise when it is marked.
+        Returns:
+            For each, what it gives, or the error of one that the template refuses, repeats a text of, or writes
+            otherwise when it is marked.
         """
-        plain = self._render(conversation.messages, conversation.tools)
-        mark = _MARK
-        while mark in plain:
-            mark += "q"
-        marked, texts = _mark(conversation, mark)
-        pieces, found = _without_marks(self._render(marked, conversation.tools), mark, len(texts))
-        if pieces != plain:
-            place = _shared(pieces, plain)
+        found: list[Any] = self._render_all([(one.messages, one.tools) for one in conversations])
+        whole = [number for number, text in enumerate(found) if isinstance(text, str)]
+        marked = [_mark(conversations[number], found[number]) for number in whole]
+        texts = self._render_all(
+            [(one.messages, conversations[number].tools) for number, one in zip(whole, marked, strict=True)]
+        )
+        for number, one, text in zip(whole, marked, texts, strict=True):
+            try:
+                found[number] = self._placed(conversations[number], found[number], one, text)
+            except PlacementError as error:
+                found[number] = error
+        return found
+
+    def _placed(
+        self, conversation: Conversation, plain: str, marked: _Marked, text: str | PlacementError
+    ) -> Rendered:
+        if isinstance(text, PlacementError):
+            raise text
+        without, found = _without_marks(text, marked.mark, len(marked.texts))
+        if without != plain:
+            place = _shared(without, plain)
             msg = (
                 "the chat template writes another text when the messages are marked, from "
                 f"{plain[max(place - 20, 0) : place + 20]!r} on: where they stand cannot be told"
             )
             raise PlacementError(msg)
         segments, lost = [], []
-        for text, places in zip(texts, found, strict=True):
-            if not places[0] and not places[1]:
-                lost.append((text.message, text.kind))
-            elif len(places[0]) == len(places[1]) == 1:
-                segments.append(Segment(*text, places[0][0], places[1][0]))
+        for what, (starts, stops) in zip(marked.texts, found, strict=True):
+            if not starts and not stops:
+                lost.append((what.message, what.kind))
+            elif len(starts) == len(stops) == 1:
+                segments.append(Segment(*what, starts[0], stops[0]))
             else:
-                msg = f"the chat template repeats or cuts the {text.kind} of message {text.message + 1}"
+                msg = f"the chat template repeats or cuts the {what.kind} of message {what.message + 1}"
                 raise PlacementError(msg)
         segments.sort(key=lambda segment: segment.start)
         return Rendered(plain, tuple(segments), self._turns(plain, segments, conversation), tuple(lost))
@@ -219,15 +243,36 @@ class ChatTemplate:
             spoken = of_kind["content"][-1].stop if of_kind["content"] else thought
         return Turn(run[0].message, start, thought, spoken, end, stop)
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Any = None, **options: Any) -> str:
+    def _render_all(self, asked: Sequence[tuple[Sequence[Mapping[str, Any]], Any]]) -> list[str | PlacementError]:
+        """The texts of (messages, tools), those with the same tools together, or the errors of those refused."""
+        texts: list[str | PlacementError] = []
+        for tools, run in itertools.groupby(asked, key=operator.itemgetter(1)):
+            batch = [list(messages) for messages, _ in run]
+            try:
+                texts += self._apply(batch, tools)
+            except PlacementError:
+                texts += [self._tried(messages, tools) for messages in batch]
+        return texts
+
+    def _tried(self, messages: list[Mapping[str, Any]], tools: Any) -> str | PlacementError:
         try:
-            rendered = self._tokenizer.apply_chat_template(
-                list(messages), tools=tools, tokenize=False, **{**self._options, **options}
+            return self._apply([messages], tools)[0]
+        except PlacementError as error:
+            return error
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        return self._apply([list(messages)], None, **options)[0]
+
+    def _apply(self, batch: list[list[Mapping[str, Any]]], tools: Any, **options: Any) -> list[str]:
+        try:
+            return list(
+                self._tokenizer.apply_chat_template(
+                    batch, tools=tools, tokenize=False, **{**self._options, **options}
+                )
             )
         except (TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
             msg = f"the checkpoint's chat template refuses it: {error}"
             raise PlacementError(msg) from None
-        return str(rendered)
 
 
 _KINDS = ("reasoning", "content", "call")
@@ -263,8 +308,11 @@ def texts_of(content: str, role: str, *, reasons: bool) -> list[tuple[str, int, 
     return [text for text in texts if text[1] < text[2]]
 
 
-def _mark(conversation: Conversation, mark: str) -> tuple[list[dict[str, Any]], list[_Text]]:
-    """The messages with marks around their texts, and these texts in the order of the marks' numbers."""
+def _mark(conversation: Conversation, plain: str) -> _Marked:
+    """Put marks that do not stand in the plain text around the texts of the messages."""
+    mark = _MARK
+    while mark in plain:
+        mark += "q"
     texts: list[_Text] = []
 
     def around(text: str, *what: Any) -> str:
@@ -293,7 +341,7 @@ def _mark(conversation: Conversation, mark: str) -> tuple[list[dict[str, Any]], 
                 for call in message["tool_calls"]
             ]
         messages.append(message)
-    return messages, texts
+    return _Marked(mark, messages, texts)
 
 
 def _parts(lengths: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:

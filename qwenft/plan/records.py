@@ -31,6 +31,9 @@ class DataReport:
         untrained: rows in which no token is trained, left out.
         lost: (what the chat template leaves out, in how many rows).
         skipped: the errors of rows that are wrong, left out.
+        read_tokens: of all rows that were read.
+        lost_tokens: of rows that the length policy drops or cuts, and of rows that train nothing.
+        lengths: (the longest, how many) of the rows in steps of equal width, before the length policy.
         cache: where the tokens were read from or written to, or why they are in memory alone.
         stream_rows: micro-batches of an epoch.
         fill: tokens over the capacity of these rows, 0 to 1.
@@ -51,6 +54,9 @@ class DataReport:
     untrained: int
     lost: tuple[tuple[str, int], ...]
     skipped: tuple[str, ...]
+    read_tokens: int
+    lost_tokens: int
+    lengths: tuple[tuple[int, int], ...]
     cache: str
     stream_rows: int
     fill: float

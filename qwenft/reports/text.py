@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from qwenft.plan.records import StateBytes
+    from qwenft.plan.records import DataReport, StateBytes
     from qwenft.run import Run
     from qwenft.specs.training import TrainingSpec
     from qwenft.training_plan import TrainingPlan
 
+_BARS = " ▁▂▃▄▅▆▇█"
 _LEVELS = {"error": "error", "blocked": "blocked here", "note": "note"}
 
 
@@ -84,6 +85,7 @@ def facts(plan: TrainingPlan) -> list[tuple[str, str]]:
         ("trained", f"{method}: {plan.trained_parameters:,} parameters {place} {held:,}"),
         ("attention", ", ".join(f"{slot.name} = {slot.backend.name}" for slot in draft.slots)),
         ("data", data_text(plan)),
+        *((("lengths", lengths_text(plan.data)), ("tokens", plan.data.cache)) if plan.data_is_known else ()),
         ("training", training_text(recipe.training)),
         ("state", state_text(plan.state)),
         ("activations", activations_text(recipe.training)),
@@ -166,7 +168,21 @@ def data_text(plan: TrainingPlan) -> str:
         f"{data.stream_rows:,} rows filled to {data.fill:.0%}; {data.steps:,} steps"
         + (f"; {data.held_out:,} documents held out" if data.held_out else "")
         + (f"; {', '.join(lost)}" if lost else "")
+        + (f"; {data.lost_tokens / data.read_tokens:.1%} of the tokens lost" if data.lost_tokens else "")
     )
+
+
+def lengths_text(data: DataReport) -> str:
+    """How long rows are before the length policy, as a row of bars.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> lengths_text(SimpleNamespace(lengths=((10, 4), (20, 8), (30, 0), (40, 1))))
+        '▄█ ▁ up to 40 tokens'
+    """
+    most = max(count for _, count in data.lengths)
+    bars = "".join(_BARS[-(-count * (len(_BARS) - 1) // most)] for _, count in data.lengths)
+    return f"{bars} up to {data.lengths[-1][0]:,} tokens"
 
 
 def render_plan(plan: TrainingPlan) -> str:

@@ -5,7 +5,15 @@ from qwenft.reports.live import Progress, TimeLeft
 from qwenft.specs.training import TrainingSpec
 
 COUNTED = {"rows": 9, "documents": 9, "supervised": 9, "longest": 9, "dropped": 0, "truncated": 0, "untrained": 0}
-COUNTED |= {"split": 0, "lost": (), "skipped": (), "cache": ""}
+COUNTED |= {
+    "split": 0,
+    "lost": (),
+    "skipped": (),
+    "read_tokens": 9,
+    "lost_tokens": 0,
+    "lengths": ((9, 9),),
+    "cache": "",
+}
 
 
 def report(steps, steps_per_epoch, tokens):

@@ -139,6 +139,15 @@ def test_counted_data_are_told(folder):
         f"1 rows filled to {report.fill:.0%}; 1 steps; 1 documents held out; 1 rows dropped, 1 rows untrained"
         in line
     )
+    lost = report.lost_tokens
+    assert lost == report.read_tokens - sum(len(d) for d in plan._corpus.train.documents) - len(
+        plan._corpus.held_out.documents[0]
+    )
+    assert f"1 rows untrained; {lost / report.read_tokens:.1%} of the tokens lost" in line
+    lines = dict(line.split(maxsplit=1) for line in plan.explain().splitlines()[:14] if line.strip())
+    assert lines["lengths"].endswith(f" up to {report.lengths[-1][0]:,} tokens")
+    assert sum(count for _, count in report.lengths) == 5
+    assert lines["tokens"].startswith("written to ")
     assert plan.summary()["data"]["dropped"] == 1
     assert json.loads(json.dumps(plan.summary()))["trained_parameters"] == plan.trained_parameters
 
