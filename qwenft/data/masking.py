@@ -109,7 +109,10 @@ class Tokens:
                 token = encoding.char_to_token(place)
                 if token is None or encoding.token_to_chars(token)[0] != place:
                     around = f"{text[max(place - 12, 0) : place]!r} and {text[place : place + 12]!r}"
-                    msg = f"what is trained begins or ends inside a token, between {around}"
+                    msg = (
+                        f"what is trained begins or ends inside a token, between {around}: tokens hold the space "
+                        "before a word, so a part of a content begins with it"
+                    )
                     raise PlacementError(msg)
                 return tokens + int(token)
         return len(self)
