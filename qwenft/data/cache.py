@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import numpy as np
 
-from qwenft.data.chat import Document
+from qwenft.data.document import Document
 from qwenft.data.sources import files_of, signature
 from qwenft.errors import DataError
 from qwenft.specs.rows import Rows
@@ -44,7 +44,7 @@ _OPTIONS = (
     "control_tokens",
     "bad_rows",
 )
-_MODULES = ("formats", "sources", "template", "masking", "chat", "cache")
+_MODULES = ("formats", "sources", "template", "masking", "document", "chat", "cache")
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")
 _ARRAYS = {
     "input_ids": np.int32,

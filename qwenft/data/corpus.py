@@ -16,7 +16,8 @@ from qwenft.plan.records import DataReport
 from qwenft.specs.data import DataSpec
 
 if TYPE_CHECKING:
-    from qwenft.data.chat import ChatEncoder, Document
+    from qwenft.data.chat import ChatEncoder
+    from qwenft.data.document import Document
     from qwenft.specs.training import TrainingSpec
 
 

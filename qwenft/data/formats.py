@@ -29,6 +29,7 @@ _SHAREGPT = {
     "tool_response": "tool",
     "developer": "system",
 }
+_MEDIA = ("image", "image_url", "video")
 _EXAMPLE = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}'
 
 
@@ -52,7 +53,8 @@ class Conversation:
     Args:
         messages: as the template takes them: role, content and whatever else they hold.
         training: of each message.
-        parts: of each message whose content came in parts, their lengths in characters and their training.
+        parts: of a message whose content came in parts that are images, or that say whether they are trained, the
+            length of each in characters and its training.
         tools: JSON schemas of the tools, or None.
         text: in place of messages: plain text, trained whole.
     """
@@ -176,9 +178,13 @@ def _checked(
         train, weight = message.pop("train", None), message.pop("weight", None)
         training.append(_training(row, f"{column}[{place}]", train, weight))
         if isinstance(message["content"], list):
-            lengths = _joined(row, f"{column}[{place}].content", message)
-            if any(one != Training() for _, one in lengths):
-                parts[place] = lengths
+            found = _parts(row, f"{column}[{place}].content", message["content"])
+            if any("text" not in part for part in message["content"]):
+                parts[place] = found
+            else:
+                message["content"] = "".join(part["text"] for part in message["content"])
+                if any(one != Training() for _, one in found):
+                    parts[place] = found
         messages.append(message)
     return Conversation(tuple(messages), tuple(training), parts, tools)
 
@@ -233,18 +239,17 @@ def _calls(row: Row, where: str, role: str, calls: Any) -> list[Any]:
 _CALL = '{"type": "function", "function": {"name": "clock", "arguments": {"city": "Paris"}}}'
 
 
-def _joined(row: Row, where: str, message: dict[str, Any]) -> tuple[tuple[int, Training], ...]:
-    """Text parts joined to one content, in place; the length and training of each."""
-    texts, lengths = [], []
-    for place, part in enumerate(message["content"]):
-        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+def _parts(row: Row, where: str, content: list[Any]) -> tuple[tuple[int, Training], ...]:
+    """The characters and the training of each part of a content: texts, images and videos."""
+    found = []
+    for place, part in enumerate(content):
+        is_media = isinstance(part, Mapping) and any(kind in part or part.get("type") == kind for kind in _MEDIA)
+        if not is_media and not (isinstance(part, Mapping) and isinstance(part.get("text"), str)):
             expected = '{"type": "text", "text": ...}'
             raise row.error(f"{where}[{place}]: expected {expected}, got {part!r:.60}", _EXAMPLE)
-        texts.append(part["text"])
         training = _training(row, f"{where}[{place}]", part.get("train"), part.get("weight"))
-        lengths.append((len(part["text"]), training))
-    message["content"] = "".join(texts)
-    return tuple(lengths)
+        found.append((len(part.get("text", "")), training))
+    return tuple(found)
 
 
 def _training(row: Row, where: str, train: Any, weight: Any) -> Training:

@@ -16,7 +16,7 @@ from qwenft.kernels.layout import SequenceLayout
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from qwenft.data.chat import Document
+    from qwenft.data.document import Document
 
 
 @attrs.frozen(eq=False)

@@ -335,6 +335,13 @@ def _mark(conversation: Conversation, plain: str) -> _Marked:
                     pieces += [content[done:first], around(content[first:last], number, kind, part)]
                     done = last
             message["content"] = "".join([*pieces, content[done:]])
+        elif isinstance(content, list):  # of texts and images
+            message["content"] = [
+                {**part, "text": text.replace(text.strip(), around(text.strip(), number, "content", place), 1)}
+                if (text := part.get("text", "")).strip()
+                else part
+                for place, part in enumerate(content)
+            ]
         if message.get("tool_calls"):
             message["tool_calls"] = [
                 _marked_call(call, lambda name, place=number: around(name, place, "call", 0))

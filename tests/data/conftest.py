@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qwenft.data.chat import ChatEncoder, Document
+from qwenft.data.chat import ChatEncoder
+from qwenft.data.document import Document
 from qwenft.data.masking import IGNORED
 from qwenft.testing import train_tokenizer
 

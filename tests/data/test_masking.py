@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from qwenft.data.chat import ChatEncoder
-from qwenft.data.masking import IGNORED
+from qwenft.data.formats import conversation as conversation_of
+from qwenft.data.masking import IGNORED, trained_ranges
+from qwenft.data.sources import read_rows
 from qwenft.errors import DataError
 from qwenft.specs.data import DataSpec
 from qwenft.testing import train_tokenizer
@@ -130,6 +132,43 @@ def test_what_is_trained_is_what_the_assistant_writes(template, written):
             if message["role"] == "assistant"
         ]
         assert runs(encoder, document) == expected
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_think", "qwen3_vl"])
+def test_images_stand_between_texts_and_are_no_text_of_a_message(name):
+    """The template writes its placeholders; the bounds of texts are exact, and none of them is trained."""
+    encoder = encoder_of(named(name))
+    template = encoder.template()
+    for seed in range(50):
+        said = conversation(seed, tools=False, reasoning=False)["messages"]
+        messages = []
+        for message in said:
+            parts = [{"type": "text", "text": message["content"].strip()}]
+            if message["role"] == "user":
+                picture = {"type": "image", "image": "a.png"}
+                parts = [picture, *parts, picture, {"type": "text", "text": "And this?"}]
+            messages.append(
+                {"role": message["role"], "content": parts if message["role"] == "user" else parts[0]["text"]}
+            )
+        data = DataSpec.messages([{"messages": messages}]).train_on("user")
+        (row,) = read_rows(data)
+        talk = conversation_of(row, data)
+        (rendered,) = template.render([talk])
+        assert rendered.text == encoder.tokenizer.apply_chat_template(messages, tokenize=False)
+        shown = [rendered.text[segment.start : segment.stop] for segment in rendered.segments]
+        assert shown == [
+            part["text"]
+            for message in messages
+            for part in (
+                [{"text": message["content"]}] if isinstance(message["content"], str) else message["content"]
+            )
+            if "text" in part
+        ]
+        trained = "".join(rendered.text[start:stop] for start, stop, _ in trained_ranges(talk, rendered, data))
+        assert "And this?" in trained
+        assert "pad|>" not in trained
+    with pytest.raises(DataError, match="row 1: holds an image or a video, which training on text does not show"):
+        one(encoder, messages)
 
 
 def test_what_a_template_leaves_out_is_told(family):
@@ -277,11 +316,16 @@ def test_options_reach_the_template():
         ),
         ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "leaves out its content"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}{{ nothing.at.all }}", "template refuses it"),
+        (
+            "{% for m in messages %}{{ m.reasoning_content }}{% endfor %}{% for m in messages %}{{ m.content }}.{% endfor %}",
+            "mixes the texts of different messages",
+        ),
     ],
 )
 def test_a_template_that_hides_where_messages_stand_is_an_error(template, problem):
     """No message is silently left untrained: the row, or the template, is refused."""
-    messages = [QUESTION, {"role": "assistant", "content": "A rather long answer, longer than thirty characters."}]
+    answer = "A rather long answer, longer than thirty characters."
+    messages = [QUESTION, {"role": "assistant", "content": answer, "reasoning_content": "why"}]
     with pytest.raises(DataError, match=problem):
         one(encoder_of(template), messages)
 
@@ -311,6 +355,7 @@ def test_control_tokens_are_encoded_as_text_on_request(family):
     text = family.tokenizer.apply_chat_template(messages, tokenize=False)
     assert family.tokenizer.decode(document.input_ids) == text
     # What was switched for these rows is switched back.
+    assert len(family.tokenizer("<|im_end|>", add_special_tokens=False)["input_ids"]) == 1
     plain = one(family, [QUESTION, INLINE])
     assert (plain.input_ids == family.tokenizer.convert_tokens_to_ids("<|im_end|>")).sum() == 2
 
@@ -332,3 +377,34 @@ def test_labels_stand_where_they_are_predicted(family):
     trained = np.flatnonzero(document.labels != IGNORED)
     assert (document.labels[trained] == document.input_ids[trained + 1]).all()
     assert document.labels[-1] == IGNORED
+
+
+def test_tags_around_a_users_text_are_left_where_templates_look_for_them(family):
+    """A result of a tool that the data give as the user's text is none of the user's queries, marked or not."""
+    result = {"role": "user", "content": "<tool_response>\nnoon\n</tool_response>"}
+    document = one(family, [QUESTION, THOUGHT, result, THOUGHT])
+    assert document.lost == ()
+    assert runs(family, document) == ["One and one.\n</think>\n\nTwo.<|im_end|>"] * 2
+
+
+def test_the_marks_may_stand_in_the_data(family):
+    """A text that spells the marks is found like any other."""
+    answer = "qwenftMark0bHello!qwenftMark0e qwenftMarkq1b"
+    assert runs(family, one(family, [QUESTION, {"role": "assistant", "content": answer}])) == [
+        f"{answer}<|im_end|>"
+    ]
+
+
+def test_plain_text_is_trained_whole(family):
+    """Every token but the first is predicted, the end of the text too; control tokens are refused, or text."""
+    end = family.tokenizer.eos_token
+    data = DataSpec.text([{"text": "Once upon a time."}])
+    (document,) = family.encode(data)
+    assert family.tokenizer.decode(document.input_ids) == f"Once upon a time.{end}"
+    assert document.labels.tolist() == [*document.input_ids[1:].tolist(), IGNORED]
+    spelt = DataSpec.text([{"text": f"a{end}b"}])
+    with pytest.raises(DataError, match=r"row 1: the text holds the control token <\|im_end\|>"):
+        list(family.encode(spelt))
+    (document,) = family.encode(spelt.with_control_tokens("encode"))
+    assert (document.input_ids == family.tokenizer.eos_token_id).sum() == 1
+    assert family.tokenizer.decode(document.input_ids) == f"a{end}b{end}"

@@ -7,7 +7,8 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwenft.data.chat import ChatEncoder, Document
+from qwenft.data.chat import ChatEncoder
+from qwenft.data.document import Document
 from qwenft.data.masking import IGNORED
 from qwenft.data.packing import pack
 from qwenft.data.stream import Stream

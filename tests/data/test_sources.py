@@ -130,7 +130,7 @@ def user(content):
         ({"messages": [user(None)]}, r"messages\[0\]\.content: expected a string, got None"),
         ({"messages": [user(3)]}, r"messages\[0\]\.content: expected a string, got 3"),
         (
-            {"messages": [user([{"type": "image", "image": "a"}])]},
+            {"messages": [user([{"type": "audio", "audio": "a"}])]},
             r"messages\[0\]\.content\[0\]: expected \{\"type\": \"text\", \"text\": \.\.\.\}, got \{",
         ),
         ({"messages": [{"role": "assistant"}]}, r"messages\[0\]\.content: expected a string, got None"),

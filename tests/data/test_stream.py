@@ -1,5 +1,6 @@
 from itertools import pairwise
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -103,3 +104,15 @@ def test_batches_are_the_steps(documents):
         for row, batch in zip(rows, batches, strict=True):
             expected = np.concatenate([documents[number].input_ids for number in row])
             assert batch.input_ids.tolist() == expected.tolist()
+
+
+def test_weights_of_a_document_are_those_of_its_tokens(document):
+    """Documents without weights weigh 1 beside those that have some; without any there is no tensor of them."""
+    plain, weighted = document(3), attrs.evolve(document(4), weights=np.float32([1, 0.5, 2, 1]))
+    batch = Batch.from_documents([plain, weighted])
+    assert batch.weights.tolist() == [1, 1, 1, 1, 0.5, 2, 1]
+    assert [None if one.weights is None else one.weights.tolist() for one in batch.split()] == [
+        [1, 1, 1],
+        [1, 0.5, 2, 1],
+    ]
+    assert Batch.from_documents([plain, plain]).weights is None
