@@ -124,7 +124,7 @@ class ChatEncoder:
             texts = self._texts_of(asked, template)
             rendered = list(_kept(refuse, partial(_rendered, template=template), asked, texts))
             tokens = list(self._tokenise(rendered))
-            yield from _kept(refuse, partial(_told, data=data), rendered, tokens)
+            yield from _kept(refuse, partial(_finished, data=data), rendered, tokens)
 
     def _texts_of(self, asked: Sequence[_Asked], template: ChatTemplate) -> Iterator[Rendered | PlacementError]:
         """What the template makes of each; plain text is followed by the token that ends a text."""
@@ -198,7 +198,7 @@ def _rendered(asked: _Asked, rendered: Rendered | PlacementError, template: Chat
     return _Rendered(asked.row, asked.said, rendered, pieces)
 
 
-def _told(one: _Rendered, tokens: Tokens, data: DataSpec) -> tuple[Document, tuple[_Rendered, Tokens]]:
+def _finished(one: _Rendered, tokens: Tokens, data: DataSpec) -> tuple[Document, tuple[_Rendered, Tokens]]:
     """A document, and what it was made of."""
     return _document(one, tokens, data), (one, tokens)
 

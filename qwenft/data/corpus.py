@@ -66,7 +66,9 @@ def read_corpus(data: DataSpec, training: TrainingSpec, encoder: ChatEncoder) ->
     _require_supervision(documents, data, "data")
     held_out: list[Document] = []
     if isinstance(data.held_out, DataSpec):
-        held_out = _fitting(data.held_out, encoder, _Counts())
+        others = _Counts()
+        held_out = _fitting(data.held_out, encoder, others)
+        counts.skipped = [*counts.skipped, *others.skipped]
         _require_supervision(held_out, data.held_out, "held-out data")
     elif data.held_out is not None:
         documents, held_out = _split(documents, data.held_out, training.seed)
@@ -220,6 +222,8 @@ def _digests(documents: list[Document], part: str) -> dict[str, str]:
             digest.update(document.row.to_bytes(8, "little"))
             digest.update(document.input_ids.tobytes())
             digest.update(document.labels.tobytes())
+            if document.weights is not None:
+                digest.update(document.weights.tobytes())
         tokens = sum(map(len, of_file))
         digests[f"{part}{file}"] = f"{len(of_file):,} documents, {tokens:,} tokens, sha256 {digest.hexdigest()}"
     return digests

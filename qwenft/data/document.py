@@ -24,7 +24,7 @@ class Document:
         row: its number there, counted from 1.
         weights: [T] float32, of the positions in the loss; 1 everywhere where None.
         ends: [M] int32, behind the last token of each message that ends with a control token.
-        lost: what the row holds and the template leaves out, such as "reasoning" or "system content".
+        lost: what the row holds and the template leaves out, such as "reasoning" or "content of the system".
     """
 
     input_ids: np.ndarray

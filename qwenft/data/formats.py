@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from qwenft.specs.data import ROLES, DataSpec
+
 if TYPE_CHECKING:
     from qwenft.data.sources import Row
-    from qwenft.specs.data import DataSpec
 
-ROLES = ("system", "user", "assistant", "tool")
 # Names of roles in ShareGPT and its descendants.
 _SHAREGPT = {
     "human": "user",
@@ -30,7 +30,7 @@ _SHAREGPT = {
     "developer": "system",
 }
 _MEDIA = ("image", "image_url", "video")
-_EXAMPLE = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}'
+EXAMPLE = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}'
 
 
 @attrs.frozen
@@ -87,7 +87,7 @@ def _messages(row: Row, names: Mapping[str, str]) -> Conversation:
 def _conversations(row: Row, names: Mapping[str, str]) -> Conversation:
     column = names["conversations"]
     turns = list(_list(row, column))
-    if isinstance(system := row.values.get("system"), str) and system.strip():
+    if system := row.values.get("system"):
         turns.insert(0, {names["role"]: "system", names["content"]: system})
     return _checked(row, column, turns, _tools(row, names), role=names["role"], content=names["content"])
 
@@ -98,8 +98,11 @@ def _prompt_completion(row: Row, names: Mapping[str, str]) -> Conversation:
         said = _column(row, names[name])
         sides.append([{"role": role, "content": said}] if isinstance(said, str) else _list(row, names[name]))
     prompt, completion = sides
-    # A prompt of several turns holds answers too, and they are none of the completion.
-    asked = [{**turn, "train": False} if isinstance(turn, Mapping) else turn for turn in prompt]
+    # A prompt of several turns holds answers too, which are trained where they say so themselves.
+    asked = [
+        {"train": False, **turn} if isinstance(turn, Mapping) and turn.get("role") == "assistant" else turn
+        for turn in prompt
+    ]
     return _checked(
         row, names["prompt"], [*asked, *completion], _tools(row, names), role="role", content="content"
     )
@@ -107,8 +110,8 @@ def _prompt_completion(row: Row, names: Mapping[str, str]) -> Conversation:
 
 def _alpaca(row: Row, names: Mapping[str, str]) -> Conversation:
     asked = _string(row, names["instruction"])
-    if given := row.values.get(names["input"]):
-        asked = f"{asked}\n\n{given}"
+    if row.values.get(names["input"]):
+        asked = f"{asked}\n\n{_string(row, names['input'])}"
     answer = _string(row, names["output"])
     turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
     if system := row.values.get("system"):
@@ -143,7 +146,7 @@ def _list(row: Row, column: str) -> list[Any]:
     turns = _column(row, column)
     if not isinstance(turns, list | tuple) or not turns:
         got = "an empty conversation" if turns in ([], ()) else f"{type(turns).__name__} {turns!r:.60}"
-        raise row.error(f"{column!r}: expected a list of messages, got {got}", _EXAMPLE)
+        raise row.error(f"{column!r}: expected a list of messages, got {got}", EXAMPLE)
     return list(turns)
 
 
@@ -191,11 +194,11 @@ def _checked(
 
 def _message(row: Row, where: str, turn: Any, *, role: str, content: str) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
-        raise row.error(f"{where}: expected a mapping with {role} and {content}, got {turn!r:.60}", _EXAMPLE)
+        raise row.error(f"{where}: expected a mapping with {role} and {content}, got {turn!r:.60}", EXAMPLE)
     named = turn.get(role)
     known = named if named in ROLES else _SHAREGPT.get(named) if isinstance(named, str) else None
     if known is None:
-        raise row.error(f"{where}: expected a role of {', '.join(ROLES)}, got {named!r:.60}", _EXAMPLE)
+        raise row.error(f"{where}: expected a role of {', '.join(ROLES)}, got {named!r:.60}", EXAMPLE)
     rest = {key: value for key, value in turn.items() if value is not None and key not in {role, content}}
     message: dict[str, Any] = {"role": known, "content": turn.get(content), **rest}
     if named in {"function_call", "tool_call"}:
@@ -206,7 +209,7 @@ def _message(row: Row, where: str, turn: Any, *, role: str, content: str) -> dic
         message["tool_calls"] = _calls(row, f"{where}.tool_calls", known, message["tool_calls"])
     said = message["content"]
     if not isinstance(said, str | list | tuple) and not (said is None and message.get("tool_calls")):
-        raise row.error(f"{where}.{content}: expected a string, got {said!r:.60}", _EXAMPLE)
+        raise row.error(f"{where}.{content}: expected a string, got {said!r:.60}", EXAMPLE)
     reasoning = message.get("reasoning_content", "")
     if not isinstance(reasoning, str):
         raise row.error(f"{where}.reasoning_content: expected a string, got {reasoning!r:.60}", "a text, or none")
@@ -246,7 +249,7 @@ def _parts(row: Row, where: str, content: list[Any]) -> tuple[tuple[int, Trainin
         is_media = isinstance(part, Mapping) and any(kind in part or part.get("type") == kind for kind in _MEDIA)
         if not is_media and not (isinstance(part, Mapping) and isinstance(part.get("text"), str)):
             expected = '{"type": "text", "text": ...}'
-            raise row.error(f"{where}[{place}]: expected {expected}, got {part!r:.60}", _EXAMPLE)
+            raise row.error(f"{where}[{place}]: expected {expected}, got {part!r:.60}", EXAMPLE)
         training = _training(row, f"{where}[{place}]", part.get("train"), part.get("weight"))
         found.append((len(part.get("text", "")), training))
     return tuple(found)

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from qwenft.data.formats import conversation
+from qwenft.data.formats import EXAMPLE, conversation
 from qwenft.errors import DataError
 from qwenft.specs.rows import Rows, without_none
 
 if TYPE_CHECKING:
     from qwenft.specs.data import DataSpec
 
-_EXAMPLE = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}'
 _ROWS_AT_ONCE = 1024  # of a Parquet file, decoded together
 
 
@@ -99,16 +98,21 @@ def check_head(data: DataSpec, rows: int = 5) -> None:
     Raises:
         DataError: what would be wrong with them in training.
     """
-    if data.bad_rows == "skip":
-        return
+    skips = data.bad_rows == "skip"
     sources = [data.source] if isinstance(data.source, Rows) else [(path,) for path in data.source]
     for source in sources:
-        for row in itertools.islice(read_rows(attrs.evolve(data, source=source)), rows):
-            conversation(row, data)
+        head = read_rows(attrs.evolve(data, source=source), _ignore if skips else None)
+        for row in itertools.islice(head, rows):
+            if not skips:
+                conversation(row, data)
 
 
 def _raise(error: DataError) -> None:
     raise error
+
+
+def _ignore(_: DataError) -> None:
+    """Leave a row out."""
 
 
 def _paths(pattern: str) -> list[Path]:
@@ -124,7 +128,7 @@ def _paths(pattern: str) -> list[Path]:
 def _memory_rows(rows: Rows) -> Iterator[Row]:
     if len(rows) == 0:
         raise DataError(
-            "rows in memory: there is none", fix=f"DataSpec.messages([{_EXAMPLE}])", file=None, row=None
+            "rows in memory: there is none", fix=f"DataSpec.messages([{EXAMPLE}])", file=None, row=None
         )
     for number, values in enumerate(rows, start=1):
         yield Row(values, "rows in memory", number)
@@ -145,7 +149,7 @@ def _file_rows(path: Path, on_bad_row: BadRow) -> Iterator[Row]:
     if signature(path) != before:
         raise _unreadable(path, "changed while it was read", "start again when it is written")
     if not found:
-        raise _unreadable(path, "holds no row", f"one conversation a line: {_EXAMPLE}")
+        raise _unreadable(path, "holds no row", f"one conversation a line: {EXAMPLE}")
 
 
 def _unreadable(path: Path, problem: str, fix: str = "a JSONL, JSON, Parquet or CSV file") -> DataError:
@@ -165,7 +169,7 @@ def _json_lines(path: Path, on_bad_row: BadRow) -> Iterator[Row]:
 
 
 def _object(path: Path, number: int, line: bytes) -> Mapping[str, Any]:
-    def wrong(problem: str, fix: str = f"one JSON object a line: {_EXAMPLE}") -> DataError:
+    def wrong(problem: str, fix: str = f"one JSON object a line: {EXAMPLE}") -> DataError:
         return DataError(f"{path}, line {number}: {problem}", fix=fix, file=str(path), row=number)
 
     try:
@@ -209,13 +213,13 @@ def _json_file(path: Path, on_bad_row: BadRow) -> Iterator[Row]:
         lists = [value for value in rows.values() if isinstance(value, list)]
         rows = lists[0] if len(lists) == 1 else rows
     if not isinstance(rows, list):
-        raise _unreadable(path, f"expected a list of rows, got {type(rows).__name__}", f"[{_EXAMPLE}]")
+        raise _unreadable(path, f"expected a list of rows, got {type(rows).__name__}", f"[{EXAMPLE}]")
     for number, values in enumerate(rows, start=1):
         row = Row(values, str(path), number)
         if isinstance(values, dict):
             yield row
         else:
-            on_bad_row(row.error(f"expected a JSON object, got {type(values).__name__}", _EXAMPLE))
+            on_bad_row(row.error(f"expected a JSON object, got {type(values).__name__}", EXAMPLE))
 
 
 def _parquet(path: Path, _: BadRow) -> Iterator[Row]:

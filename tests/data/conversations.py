@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 
+from qwenft.data.masking import IGNORED
+
 TOOLS = [
     {
         "type": "function",
@@ -104,3 +106,15 @@ def call(random_):
     if random_.random() < 0.5:
         function["arguments"] = json.dumps(arguments)
     return {"type": "function", "function": function}
+
+
+def runs_of(encoder, labels):
+    """The text of each run of labels."""
+    texts, run = [], []
+    for label in [*labels.tolist(), IGNORED]:
+        if label != IGNORED:
+            run.append(label)
+        elif run:
+            texts.append(encoder.tokenizer.decode(run, skip_special_tokens=False))
+            run = []
+    return texts

@@ -3,7 +3,6 @@
 import json
 import os
 import threading
-import time
 
 import pyarrow as pa
 import pytest
@@ -311,10 +310,8 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
 
 
 def test_a_very_long_message_is_read(encoder):
-    """Ten megabytes in one message are a document like any other, in seconds."""
+    """Ten megabytes in one message are a document like any other."""
     long = "word " * 2_000_000
-    begin = time.monotonic()
     (document,) = encoder.encode(DataSpec.messages([{"messages": [{"role": "user", "content": long}, ANSWER]}]))
     assert len(document) > 1_000_000
     assert document.supervised > 1
-    assert time.monotonic() - begin < 60

@@ -8,6 +8,7 @@ from qwenft.data.masking import IGNORED
 from qwenft.errors import DataError
 from qwenft.specs.data import DataSpec
 from qwenft.testing import train_tokenizer
+from tests.data.conversations import runs_of
 
 TEMPLATES = resources.files("trl") / "chat_templates"
 NAMES = ("qwen3_5_nothink", "qwen3_5_think", "qwen3_6", "qwen3_8")
@@ -73,18 +74,6 @@ def named(request):
 
 def encode(encoder, *conversations):
     return list(encoder.encode(DataSpec.messages([{"messages": list(messages)} for messages in conversations])))
-
-
-def runs_of(encoder, labels):
-    """The text of each run of labels."""
-    texts, run = [], []
-    for label in [*labels.tolist(), IGNORED]:
-        if label != IGNORED:
-            run.append(label)
-        elif run:
-            texts.append(encoder.tokenizer.decode(run, skip_special_tokens=False))
-            run = []
-    return texts
 
 
 def trained_texts(encoder, document):

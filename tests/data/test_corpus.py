@@ -226,3 +226,24 @@ def test_held_out_data_keep_their_own_lengths(encoder):
     corpus = read_corpus(data, TrainingSpec(), encoder)
     assert corpus.report.held_out == 2
     assert len(corpus.held_out.rows()) == 1
+
+
+def test_wrong_rows_of_both_parts_are_listed(read):
+    """What is skipped of held-out data is told like what is skipped of the rest."""
+    bad = {"messages": []}
+    other = DataSpec.messages([chat(5), bad]).on_bad_row("skip")
+    report = read(DataSpec.messages([chat(3), bad, chat(4)]).on_bad_row("skip").hold_out(other)).report
+    assert [text.splitlines()[0].partition(":")[0] for text in report.skipped] == [
+        "rows in memory, row 2",
+        "rows in memory, row 2",
+    ]
+
+
+def test_weights_belong_to_the_identity_of_the_data(read):
+    """Data that weigh their tokens otherwise are other data for a run that goes on."""
+    messages = chat(3)["messages"]
+    digests = [
+        read(DataSpec.messages([{"messages": [messages[0], {**messages[1], "weight": weight}]}])).digests
+        for weight in (1, 0.5, 0.25)
+    ]
+    assert digests[0] != digests[1] != digests[2] != digests[0]

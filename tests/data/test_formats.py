@@ -115,7 +115,7 @@ def test_other_names_of_columns_and_keys():
 
 
 def test_prompts_and_completions_are_texts_or_messages():
-    """A prompt of several turns is not trained, its answers included; the completion is."""
+    """The answers in a prompt of several turns are not trained, the completion is; users are left to train_on."""
     data = DataSpec.prompt_completion(
         [
             {"prompt": "a", "completion": "b"},
@@ -124,7 +124,7 @@ def test_prompts_and_completions_are_texts_or_messages():
     )
     assert said(data) == [[user("a"), assistant("b")], [user("a"), assistant("b"), user("c"), assistant("d")]]
     training = [[one.train for one in conversation(row, data).training] for row in read_rows(data)]
-    assert training == [[False, None], [False, False, False, None]]
+    assert training == [[None, None], [None, False, None, None]]
 
 
 def test_alpaca_puts_the_input_behind_the_instruction():

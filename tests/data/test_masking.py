@@ -15,7 +15,7 @@ from qwenft.data.sources import read_rows
 from qwenft.errors import DataError
 from qwenft.specs.data import DataSpec
 from qwenft.testing import train_tokenizer
-from tests.data.conversations import TOOLS, conversation
+from tests.data.conversations import TOOLS, conversation, runs_of
 
 TEMPLATES = resources.files("trl") / "chat_templates"
 COUNT = 500
@@ -46,16 +46,8 @@ def family():
     return encoder_of(named("qwen3_5_think"))
 
 
-def runs(encoder, document, labels=None):
-    """The text of each run of trained tokens."""
-    found, run = [], []
-    for label in [*(document.labels if labels is None else labels).tolist(), IGNORED]:
-        if label != IGNORED:
-            run.append(label)
-        elif run:
-            found.append(encoder.tokenizer.decode(run, skip_special_tokens=False))
-            run = []
-    return found
+def runs(encoder, document):
+    return runs_of(encoder, document.labels)
 
 
 def one(encoder, messages, change=lambda data: data, **row):

@@ -181,3 +181,11 @@ def test_the_head_of_every_file_is_checked(write):
     with pytest.raises(DataError, match=r"bad\.jsonl, row 5"):
         check_head(DataSpec.messages([bad, good]))
     check_head(DataSpec.messages(bad), rows=4)
+
+
+def test_the_head_of_data_that_skip_wrong_rows_may_be_wrong_but_not_missing(write, tmp_path):
+    """Wrong rows are skipped later; a file that is not there is told at once."""
+    bad = write("broken\n{}\n", "bad.jsonl")
+    check_head(DataSpec.messages(bad).on_bad_row("skip"))
+    with pytest.raises(DataError, match="cannot be read"):
+        check_head(DataSpec.messages(tmp_path / "gone.jsonl").on_bad_row("skip"))
