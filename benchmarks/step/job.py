@@ -21,6 +21,8 @@ from qwenft.testing.tokenizer import build_tokenizer, train_tokenizer, vocabular
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from qwenft.data.document import Document
+
 SHORTEST, LONGEST = 50, 2000
 
 
@@ -94,9 +96,16 @@ def write_job(name: str, folder: Path) -> None:
         [
             # Trainers shift labels themselves.
             {"input_ids": document.input_ids.tolist(), "labels": [-100, *document.labels[:-1].tolist()]}
-            for document in (whole.truncated(LONGEST) if len(whole) > LONGEST else whole for whole in encoded)
+            for document in map(_fitting, encoded)
         ],
     )
+
+
+def _fitting(document: Document) -> Document:
+    """What ``overflow="truncate"`` leaves of a document."""
+    if len(document) <= LONGEST:
+        return document
+    return document.piece(0, document.last_end(0, LONGEST), trained_from=0)
 
 
 def data(folder: Path, longest: int = LONGEST) -> qf.DataSpec:
