@@ -80,23 +80,23 @@ def conversation(row: Row, data: DataSpec) -> Conversation:
 
 
 def _messages(row: Row, names: Mapping[str, str]) -> Conversation:
-    column = names["messages"]
-    return _checked(row, column, _list(row, column), _tools(row, names), role="role", content="content")
+    turns = _list(row, names, "messages")
+    return _checked(row, names["messages"], turns, _tools(row, names), role="role", content="content")
 
 
 def _conversations(row: Row, names: Mapping[str, str]) -> Conversation:
-    column = names["conversations"]
-    turns = list(_list(row, column))
-    if system := row.values.get("system"):
-        turns.insert(0, {names["role"]: "system", names["content"]: system})
-    return _checked(row, column, turns, _tools(row, names), role=names["role"], content=names["content"])
+    role, content = names["role"], names["content"]
+    turns = _list(row, names, "conversations")
+    if system := row.values.get(names["system"]):
+        turns.insert(0, {role: "system", content: system})
+    return _checked(row, names["conversations"], turns, _tools(row, names), role=role, content=content)
 
 
 def _prompt_completion(row: Row, names: Mapping[str, str]) -> Conversation:
     sides = []
     for name, role in (("prompt", "user"), ("completion", "assistant")):
-        said = _column(row, names[name])
-        sides.append([{"role": role, "content": said}] if isinstance(said, str) else _list(row, names[name]))
+        said = _column(row, names, name)
+        sides.append([{"role": role, "content": said}] if isinstance(said, str) else _list(row, names, name))
     prompt, completion = sides
     # A prompt of several turns holds answers too, which are trained where they say so themselves.
     asked = [
@@ -109,18 +109,18 @@ def _prompt_completion(row: Row, names: Mapping[str, str]) -> Conversation:
 
 
 def _alpaca(row: Row, names: Mapping[str, str]) -> Conversation:
-    asked = _string(row, names["instruction"])
+    asked = _string(row, names, "instruction")
     if row.values.get(names["input"]):
-        asked = f"{asked}\n\n{_string(row, names['input'])}"
-    answer = _string(row, names["output"])
+        asked = f"{asked}\n\n{_string(row, names, 'input')}"
+    answer = _string(row, names, "output")
     turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-    if system := row.values.get("system"):
+    if system := row.values.get(names["system"]):
         turns.insert(0, {"role": "system", "content": system})
     return _checked(row, names["instruction"], turns, None, role="role", content="content")
 
 
 def _text(row: Row, names: Mapping[str, str]) -> Conversation:
-    text = _string(row, names["text"])
+    text = _string(row, names, "text")
     if not text:
         raise row.error(f"{names['text']!r}: expected a text, got an empty one", "leave the row out")
     return Conversation(messages=(), text=text)
@@ -135,25 +135,27 @@ _FORMATS: dict[str, Callable[[Row, Mapping[str, str]], Conversation]] = {
 }
 
 
-def _column(row: Row, column: str) -> Any:
-    if column not in row.values:
+def _column(row: Row, names: Mapping[str, str], name: str) -> Any:
+    """What a row holds for ``name``, which a format reads and which may be called otherwise there."""
+    if names[name] not in row.values:
         known = ", ".join(map(repr, row.values)) or "none"
-        raise row.error(f"expected a column {column!r}, got {known}", '.with_columns(messages="your_column")')
-    return row.values[column]
+        problem = f"expected a column {names[name]!r}, got {known}"
+        raise row.error(problem, f'.with_columns({name}="your_column")')
+    return row.values[names[name]]
 
 
-def _list(row: Row, column: str) -> list[Any]:
-    turns = _column(row, column)
+def _list(row: Row, names: Mapping[str, str], name: str) -> list[Any]:
+    turns, column = _column(row, names, name), names[name]
     if not isinstance(turns, list | tuple) or not turns:
         got = "an empty conversation" if turns in ([], ()) else f"{type(turns).__name__} {turns!r:.60}"
         raise row.error(f"{column!r}: expected a list of messages, got {got}", EXAMPLE)
     return list(turns)
 
 
-def _string(row: Row, column: str) -> str:
-    value = _column(row, column)
+def _string(row: Row, names: Mapping[str, str], name: str) -> str:
+    value = _column(row, names, name)
     if not isinstance(value, str):
-        raise row.error(f"{column!r}: expected a string, got {value!r:.60}", "a text in every row")
+        raise row.error(f"{names[name]!r}: expected a string, got {value!r:.60}", "a text in every row")
     return value
 
 

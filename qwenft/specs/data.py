@@ -20,9 +20,15 @@ if TYPE_CHECKING:
 # What a row of each format holds, by the names that rows use unless with_columns says others.
 FORMATS: dict[str, dict[str, str]] = {
     "messages": {"messages": "messages", "tools": "tools"},
-    "conversations": {"conversations": "conversations", "role": "from", "content": "value", "tools": "tools"},
+    "conversations": {
+        "conversations": "conversations",
+        "role": "from",
+        "content": "value",
+        "system": "system",
+        "tools": "tools",
+    },
     "prompt_completion": {"prompt": "prompt", "completion": "completion", "tools": "tools"},
-    "alpaca": {"instruction": "instruction", "input": "input", "output": "output"},
+    "alpaca": {"instruction": "instruction", "input": "input", "output": "output", "system": "system"},
     "text": {"text": "text"},
 }
 ROLES = ("system", "user", "assistant", "tool")
@@ -178,7 +184,10 @@ class DataSpec:
 
     @classmethod
     def conversations(cls, source: Any) -> DataSpec:
-        """Rows whose ``conversations`` are lists of {"from": "human", "value": ...}, as ShareGPT has them."""
+        """Rows whose ``conversations`` are lists of {"from": "human", "value": ...}, as ShareGPT has them.
+
+        A column ``system`` that is not empty goes before them, and ``tools`` holds the JSON schemas of the tools.
+        """
         return cls(format="conversations", source=source)
 
     @classmethod
@@ -188,7 +197,7 @@ class DataSpec:
 
     @classmethod
     def alpaca(cls, source: Any) -> DataSpec:
-        """Rows with an ``instruction``, an ``input`` that may be empty, and an ``output``."""
+        """Rows with an ``instruction``, an ``output``, and an ``input`` and a ``system`` that may be empty."""
         return cls(format="alpaca", source=source)
 
     @classmethod

@@ -112,6 +112,36 @@ def test_other_names_of_columns_and_keys():
     assert said(data) == [[user("a"), assistant("b")]]
     asked = DataSpec.alpaca([{"q": "a", "a": "b"}]).with_columns(instruction="q", output="a")
     assert said(asked) == [[user("a"), assistant("b")]]
+    system = {"role": "system", "content": "s"}
+    led = DataSpec.conversations([{**row, "persona": "s", "system": "another"}])
+    led = led.with_columns(conversations="dialogue", role="speaker", content="text", system="persona")
+    assert said(led) == [[system, user("a"), assistant("b")]]
+    asked = DataSpec.alpaca([{"q": "a", "a": "b", "persona": "s"}])
+    assert said(asked.with_columns(instruction="q", output="a", system="persona")) == [
+        [system, user("a"), assistant("b")]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("constructor", "missing", "row"),
+    [
+        (DataSpec.messages, "messages", {"chat": []}),
+        (DataSpec.conversations, "conversations", {"dialogue": []}),
+        (DataSpec.prompt_completion, "prompt", {"completion": "b"}),
+        (DataSpec.prompt_completion, "completion", {"prompt": "a"}),
+        (DataSpec.alpaca, "instruction", {"output": "b"}),
+        (DataSpec.alpaca, "output", {"instruction": "a"}),
+        (DataSpec.text, "text", {"content": "a"}),
+    ],
+)
+def test_the_remedy_for_a_missing_column_is_an_argument_of_its_format(constructor, missing, row):
+    """The line that fixes it names the column that is missing, and is accepted by with_columns."""
+    data = constructor([row])
+    fix = rf'expected a column \'{missing}\', got .*\n  Fix: \.with_columns\({missing}="your_column"\)'
+    with pytest.raises(DataError, match=fix):
+        said(data)
+    with pytest.raises(DataError, match="expected a column 'your_column'"):
+        said(data.with_columns(**{missing: "your_column"}))
 
 
 def test_prompts_and_completions_are_texts_or_messages():
