@@ -15,13 +15,12 @@ from transformers import AutoTokenizer, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 import qwenft as qf
 from qwenft.data.chat import ChatEncoder
+from qwenft.data.corpus import read_corpus
 from qwenft.quickstart import chitchat_messages
 from qwenft.testing.tokenizer import build_tokenizer, train_tokenizer, vocabulary_from_ranks
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from qwenft.data.document import Document
 
 SHORTEST, LONGEST = 50, 2000
 
@@ -90,25 +89,18 @@ def write_job(name: str, folder: Path) -> None:
     rows = joined(conversations, AutoTokenizer.from_pretrained(folder / "model"), job.documents)
     _write_lines(folder / "conversations.jsonl", rows)
     encoder = ChatEncoder(AutoTokenizer.from_pretrained(folder / "model"))
-    encoded = encoder.encode(data(folder))
+    documents = read_corpus(data(folder, LONGEST), qf.TrainingSpec(epochs=1), encoder).train.documents
     _write_lines(
         folder / "documents.jsonl",
         [
             # Trainers shift labels themselves.
             {"input_ids": document.input_ids.tolist(), "labels": [-100, *document.labels[:-1].tolist()]}
-            for document in map(_fitting, encoded)
+            for document in documents
         ],
     )
 
 
-def _fitting(document: Document) -> Document:
-    """What ``overflow="truncate"`` leaves of a document."""
-    if len(document) <= LONGEST:
-        return document
-    return document.piece(0, document.last_end(0, LONGEST), trained_from=0)
-
-
-def data(folder: Path, longest: int = LONGEST) -> qf.DataSpec:
+def data(folder: Path, longest: int) -> qf.DataSpec:
     """The job's conversations, packed into rows of ``longest`` tokens."""
     source = qf.DataSpec.messages(folder / "conversations.jsonl")
     return source.with_max_length(longest, overflow="truncate").pack()
