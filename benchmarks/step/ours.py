@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import qwenft as qf
 from qwenft.data.stream import Batch
-from qwenft.kernels import gated_delta_rule, short_conv
+from qwenft.kernels import gated_delta_rule
 from qwenft.models import loss
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def main() -> None:
 
     if asked.measure == "counts":
         # A processor's cache is fed in blocks; counted is what a GPU would launch.
-        short_conv.BLOCK_BYTES = gated_delta_rule.GROUP_ROWS = loss.CACHED_BYTES = sys.maxsize
+        gated_delta_rule.GROUP_ROWS = loss.CACHED_BYTES = sys.maxsize
     if asked.measure == "documents":
         documents = ready.corpus.train.documents
         found = adapter_gradients(ready.model, documents, lambda document: mean_loss(ready, document))

@@ -1,33 +1,32 @@
-"""The short causal convolution of Gated DeltaNet over packed documents, as shifted multiply-adds.
+"""The short causal convolution of Gated DeltaNet over packed documents, as one depthwise convolution of torch.
 
-Every document is led by W - 1 rows: zeros, or its initial state. Over that padded stream
+    y[t] = silu(bias + sum_w weight[:, w] x[t - (W - 1) + w])
 
-    y[p] = silu(bias + sum_w weight[:, w] x[p - (W - 1) + w])
-
-needs no boundary: a tap that would reach into the document before meets the rows in between. The padded stream is
-never built whole, only a block of it at a time that stays in the processor's cache, and a block inside a document
-is no copy. The backward pass computes the sum before the silu again, so that nothing but the inputs is saved.
+The stream is convolved as if it were one document, and then the sums that reach over a boundary, those of each
+document's first W - 1 tokens, are replaced: they are computed in a short stream of their own, in which W - 1 rows
+stand before each document, zeros or its initial state. The backward pass computes the sums again, so that nothing
+but the inputs is saved; its gradient of x is a convolution by the taps in reverse, in which each document's last
+W - 1 tokens are replaced.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from qwenft.kernels.checks import check_conv, compute_dtype
-from qwenft.kernels.conv_blocks import conv_blocks, last_inputs
+from qwenft.kernels.checks import check_conv, compute_dtype, exact
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qwenft.kernels.conv_blocks import Block
     from qwenft.kernels.layout import SequenceLayout
 
-# Of one block on a CPU; some five arrays of this size are in use at a time.
-BLOCK_BYTES = 1 << 21
+# Whose products are summed at once on a CPU, where they stay in its cache.
+BLOCK_ROWS = 64
 
 
 def short_conv(
@@ -61,93 +60,151 @@ def short_conv(
         ValueError: an argument has the wrong shape, dtype or device.
     """
     check_conv((x, weight, bias), initial_state, layout, activation=activation)
-    channels, width = weight.shape
-    size = max(1, BLOCK_BYTES // (4 * channels)) if x.device.type == "cpu" else layout.total
+    reach = weight.shape[1] - 1
     leads = None if initial_state is None else initial_state.flatten(0, 1)
-    output = _ShortConv.apply(conv_blocks(layout, width, size), activation, x, weight, bias, leads)
+    alone = reach == 0 or (len(layout) == 1 and leads is None)
+    output = _ShortConv.apply(None if alone else _Edges.of(layout, reach), activation, x, weight, bias, leads)
     if not return_state:
         return output
     if leads is None:
-        leads = x.new_zeros(len(layout) * (width - 1), channels)
-    state = torch.cat([x, leads.to(x.dtype)])[last_inputs(layout, width)]
-    return output, state.view(len(layout), width - 1, channels)
+        leads = x.new_zeros(len(layout) * reach, x.shape[1])
+    state = torch.cat([x, leads.to(x.dtype)])[_last_inputs(layout, reach)]
+    return output, state.view(len(layout), reach, x.shape[1])
 
 
-def _convolve(padded: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
-    """[R, C] by taps [W, C]: [R - W + 1, C]."""
-    count = len(padded) - len(taps) + 1
-    outputs = padded[:count] * taps[0] if bias is None else torch.addcmul(bias, padded[:count], taps[0])
-    for shift in range(1, len(taps)):
-        outputs.addcmul_(padded[shift : shift + count], taps[shift])
-    return outputs
+@attrs.frozen(eq=False)
+class _Edges:
+    """The E tokens on either side of the boundaries, at most W - 1 of a document, and a stream for them alone.
+
+    Args:
+        first: [E] int64, the first tokens of each document.
+        last: [E] int64, the last ones.
+        rows: [E] int64, where either stand in a stream in which W - 1 others lead each document.
+        leads: [N (W - 1)] int64, where those stand.
+    """
+
+    first: Tensor
+    last: Tensor
+    rows: Tensor
+    leads: Tensor
+
+    @classmethod
+    def of(cls, layout: SequenceLayout, reach: int) -> _Edges:
+        """Of a layout, made once for it; ``reach`` is W - 1."""
+        return layout.derived(("edges", reach), lambda: cls._build(layout, reach))
+
+    @classmethod
+    def _build(cls, layout: SequenceLayout, reach: int) -> _Edges:
+        lengths, places, documents = (
+            torch.tensor(layout.lengths),
+            layout.position_ids.cpu(),
+            layout.document_ids.cpu(),
+        )
+        counts = lengths.clamp(max=reach)
+        rows = torch.arange(int(counts.sum())) + (documents[places < reach] + 1) * reach
+        starts = (counts + reach).cumsum(0) - counts - reach
+        parts = {
+            "first": (places < reach).nonzero().flatten(),
+            "last": (lengths[documents] - places <= reach).nonzero().flatten(),
+            "rows": rows,
+            "leads": (starts[:, None] + torch.arange(reach)).flatten(),
+        }
+        return cls(**{name: part.to(layout.device) for name, part in parts.items()})
+
+    def led(self, x: Tensor, leads: Tensor | None = None) -> Tensor:
+        """The stream of x [E, C] and of leads [N (W - 1), C], zeros where None."""
+        stream = x.new_zeros(len(self.rows) + len(self.leads), x.shape[1]).index_copy_(0, self.rows, x)
+        return stream if leads is None else stream.index_copy_(0, self.leads, leads.to(x.dtype))
+
+
+def _last_inputs(layout: SequenceLayout, reach: int) -> Tensor:
+    """[N (W - 1)] int64: the last inputs of each document, among the T tokens followed by the leads."""
+    starts, ends = (torch.tensor(bounds)[:, None] for bounds in (layout.starts[:-1], layout.starts[1:]))
+    tokens = ends + torch.arange(-reach, 0)
+    # Of a document shorter than that, the last of its leads are among them.
+    leads = layout.total + torch.arange(len(layout))[:, None] * reach + (tokens - starts + reach)
+    return torch.where(tokens >= starts, tokens, leads).flatten().to(layout.device)
 
 
 class _ShortConv(torch.autograd.Function):
-    """The convolution block by block, forward and backward."""
+    """The convolution and its gradients; ``edges`` is None where no sum reaches over a boundary."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        blocks: tuple[Block, ...],
-        activation: str | None,
-        x: Tensor,
-        weight: Tensor,
-        *optional: Tensor | None,
+        ctx: Any, edges: _Edges | None, activation: str | None, x: Tensor, weight: Tensor, *optional: Tensor | None
     ) -> Tensor:
-        bias, leads = optional
-        ctx.save_for_backward(x, weight, bias, leads)
-        ctx.blocks, ctx.activation = blocks, activation
-        dtype = compute_dtype(x)
-        taps, bias = weight.to(dtype).T.contiguous(), None if bias is None else bias.to(dtype)
-        result = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for block in blocks:
-            outputs = _convolve(block.pad(x, leads, dtype), taps, bias)
-            if not block.inside:
-                outputs = outputs.index_select(0, block.outputs)
-            result[block.start : block.stop] = functional.silu(outputs) if activation == "silu" else outputs
-        return result
+        ctx.save_for_backward(x, weight, *optional)
+        ctx.edges, ctx.activation = edges, activation
+        sums = _sums(edges, x, weight, *optional)
+        return (functional.silu(sums, inplace=True) if activation == "silu" else sums).to(x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_result: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, leads = ctx.saved_tensors
-        dtype = compute_dtype(x)
-        taps, cast_bias = weight.to(dtype).T.contiguous(), None if bias is None else bias.to(dtype)
-        grad_x = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-        grad_leads = None if leads is None else torch.zeros_like(leads, dtype=dtype)
-        wants_weight = ctx.needs_input_grad[3]  # a frozen one, as beside LoRA, is half of the work
-        grad_taps, grad_bias = torch.zeros_like(taps), torch.zeros_like(taps[0])
-        for block in ctx.blocks:
-            padded = block.pad(x, leads, dtype)
-            grad = block.spread(grad_result, dtype)
-            if ctx.activation == "silu":
-                grad = torch.ops.aten.silu_backward(grad, _convolve(padded, taps, cast_bias))
-            if wants_weight:
-                grad_taps += torch.stack(
-                    [(grad * padded[shift : shift + len(grad)]).sum(0) for shift in range(len(taps))]
-                )
-            if bias is not None:
-                grad_bias += grad.sum(0)
-            # A block inside a document writes into the stream in place, another through its own padded rows; both
-            # add to the rows before ``start``, which the blocks before have written.
-            grad_padded = grad_x[block.first : block.stop] if block.inside else torch.empty_like(padded)
-            lead = len(taps) - 1
-            torch.mul(grad, taps[lead], out=grad_padded[lead:])
-            if not block.inside:
-                grad_padded[:lead] = 0
-            for shift, tap in enumerate(taps[:lead]):
-                grad_padded[shift : shift + len(grad)].addcmul_(grad, tap)
-            if not block.inside:
-                by_token = grad_padded.index_select(0, block.tokens)
-                grad_x[block.first : block.start] += by_token[: block.start - block.first]
-                grad_x[block.start : block.stop] = by_token[block.start - block.first :]
-                if grad_leads is not None:
-                    grad_leads.index_add_(0, block.lead_ids, grad_padded.index_select(0, block.leads))
+        edges: _Edges | None = ctx.edges
+        _, _, _, wants_weight, wants_bias, wants_leads = ctx.needs_input_grad
+        grad = grad.to(compute_dtype(x))
+        if ctx.activation == "silu":
+            sums = _sums(edges, x, weight, bias, leads)
+            grad = torch.ops.aten.silu_backward.grad_input(grad, sums, grad_input=sums)
+        grad_weight = None
+        if wants_weight:  # a frozen one, as beside LoRA, is half of the work
+            grad_weight = _tap_gradients(edges, grad, x.to(grad.dtype), leads, weight.shape[1]).to(weight.dtype)
+        reach, taps = weight.shape[1] - 1, weight.to(grad.dtype).flip(1)
+        grad_x = _convolve(grad, taps)[reach:]
+        grad_leads = torch.zeros_like(leads) if wants_leads else None
+        if edges is not None:
+            grad_x[edges.last] = _convolve(edges.led(grad[edges.last]), taps)[reach:][edges.rows]
+            if wants_leads:
+                grad_leads = _convolve(edges.led(grad[edges.first]), taps)[reach:][edges.leads].to(leads.dtype)
         return (
             None,
             None,
             grad_x.to(x.dtype),
-            grad_taps.T.to(weight.dtype) if wants_weight else None,
-            None if bias is None else grad_bias.to(bias.dtype),
-            None if grad_leads is None else grad_leads.to(leads.dtype),
+            grad_weight,
+            grad.sum(0).to(bias.dtype) if wants_bias else None,
+            grad_leads,
         )
+
+
+def _sums(edges: _Edges | None, x: Tensor, weight: Tensor, bias: Tensor | None, leads: Tensor | None) -> Tensor:
+    """What is before the silu: [T, C]."""
+    x = x.to(compute_dtype(x))
+    taps, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    sums = _convolve(x, taps, bias)[: len(x)]
+    if edges is not None:
+        sums[edges.first] = _convolve(edges.led(x[edges.first], leads), taps, bias)[edges.rows]
+    return sums
+
+
+def _tap_gradients(edges: _Edges | None, grad: Tensor, x: Tensor, leads: Tensor | None, width: int) -> Tensor:
+    """The gradient of the taps [C, W] from that of the sums [T, C]."""
+    if edges is None:
+        return _products(grad, x, width)
+    inside = _products(grad.index_fill(0, edges.first, 0), x, width)
+    return inside + _products(edges.led(grad[edges.first]), edges.led(x[edges.first], leads), width)
+
+
+def _products(grad: Tensor, x: Tensor, width: int) -> Tensor:
+    """Gradients times the inputs W - 1 to 0 rows before them, summed over the stream: [C, W]."""
+    size = BLOCK_ROWS if grad.device.type == "cpu" else len(grad)
+    sums = grad.new_zeros(width, grad.shape[1])
+    for start in range(0, len(grad), size):
+        for shift in range(width):
+            first, stop = max(start, shift), min(start + size, len(grad))
+            sums[width - 1 - shift] += (grad[first:stop] * x[first - shift : stop - shift]).sum(0)
+    return sums.T
+
+
+def _convolve(stream: Tensor, taps: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[T, C] between W - 1 zeros on either side, by taps [C, W]: [T + W - 1, C].
+
+    The stream is an image of one row of T pixels in channels-last, as it lies in memory; a convolution in one
+    dimension would first turn it round. Without cuDNN, which may round float32 to TF32.
+    """
+    channels, width = taps.shape
+    image = stream.contiguous().view(1, 1, -1, channels).permute(0, 3, 1, 2)
+    with exact(stream), torch.backends.cudnn.flags(enabled=False):
+        result = functional.conv2d(image, taps[:, None, None], bias, padding=(0, width - 1), groups=channels)
+    return result.permute(0, 2, 3, 1).reshape(-1, channels)
