@@ -25,12 +25,14 @@ from qwenft.plan.records import DataReport, StateBytes, state_bytes
 from qwenft.plan.rules import check
 from qwenft.specs.codec import Codec, cannot_be_saved
 from qwenft.specs.data import DataSpec
+from qwenft.specs.rows import IteratedRows
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
     from qwenft.comparison import Verification
+    from qwenft.data.stream import Stream
     from qwenft.recipe import Recipe
     from qwenft.run import Run
     from qwenft.training.engine import Prepared
@@ -302,7 +304,7 @@ class TrainingPlan:
         """How a prepared model predicts; see :meth:`qwenft.run.Run.evaluate`."""
         from qwenft.data.corpus import read_corpus
 
-        stream = prepared.corpus.held_out
+        stream: Stream | None = prepared.corpus.held_out
         if data is not None:
             whole = attrs.evolve(data, held_out=None)
             stream = read_corpus(whole, self.recipe.training, self._encoder).train
@@ -390,6 +392,8 @@ class TrainingPlan:
         loss = self.recipe.training.loss
         named: list[Any] = [slot.backend for slot in self.draft.slots]
         named += [] if isinstance(loss, str) else [loss]
+        if self.recipe.data is not None and isinstance(self.recipe.data.source, IteratedRows):
+            named.append(self.recipe.data.source)
         return all(cannot_be_saved(value) is None for value in named)
 
     @cached_property

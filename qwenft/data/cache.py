@@ -21,7 +21,7 @@ import attrs
 import numpy as np
 
 from qwenft.data.document import Document
-from qwenft.data.sources import files_of, signature
+from qwenft.data.sources import files_of, resolved, signature
 from qwenft.errors import DataError
 from qwenft.specs.rows import Rows
 
@@ -81,24 +81,25 @@ def tokenised(data: DataSpec, encoder: ChatEncoder) -> Tokenised:
     Raises:
         DataError: a row is wrong and the data do not skip it, or a file changes meanwhile.
     """
+    data = resolved(data)
     files = files_of(data)
+    names = list(map(str, files)) or [str(data.source)]
     before = [signature(path) for path in files]
     place = folder() / _key(data, files, encoder)
-    if (found := _read(place, files)) is not None:
+    if (found := _read(place, names)) is not None:
         return attrs.evolve(found, cache=f"read from {place}")
     skipped: list[DataError] = []
     documents = list(encoder.encode(data, skipped if data.bad_rows == "skip" else None))
-    order = {str(path): number for number, path in enumerate(files)}
-    skipped.sort(key=lambda error: (order.get(error.file, 0), error.row))
+    skipped.sort(key=lambda error: (names.index(error.file) if error.file in names else 0, error.row))
     for path, then in zip(files, before, strict=True):
         if signature(path) != then:
             raise DataError(f"{path}: changed while it was read", fix="start again when it is written", row=None)
     built = Tokenised(documents, skipped, "")
     try:
-        _write(built, place, files)
+        _write(built, place, names)
     except OSError as error:
         return attrs.evolve(built, cache=f"in memory alone: {place.parent} cannot be written: {error.strerror}")
-    return attrs.evolve(_read(place, files) or built, cache=f"written to {place}")
+    return attrs.evolve(_read(place, names) or built, cache=f"written to {place}")
 
 
 def folder() -> Path:
@@ -132,7 +133,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write(built: Tokenised, place: Path, files: Sequence[Path]) -> None:
+def _write(built: Tokenised, place: Path, names: Sequence[str]) -> None:
     """Fill a folder beside its place and move it there, unless another build was first."""
     place.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in place.parent.glob(".building-*"):
@@ -140,16 +141,16 @@ def _write(built: Tokenised, place: Path, files: Sequence[Path]) -> None:
             shutil.rmtree(abandoned, ignore_errors=True)
     beside = Path(tempfile.mkdtemp(prefix=".building-", dir=place.parent))
     try:
-        counts = _write_arrays(built.documents, beside, [str(path) for path in files])
+        counts = _write_arrays(built.documents, beside, names)
         lost = {number: one.lost for number, one in enumerate(built.documents) if one.lost}
-        errors = [_named(error, files) for error in built.skipped]
+        errors = [_named(error, names) for error in built.skipped]
         index = json.dumps({"counts": counts, "lost": lost, "skipped": errors})
         (beside / "index.json").write_text(index, encoding="utf-8")
-        if _read(place, files) is None:  # another build was not first
+        if _read(place, names) is None:  # another build was not first
             shutil.rmtree(place, ignore_errors=True)
             beside.rename(place)
     except OSError:
-        if _read(place, files) is None:
+        if _read(place, names) is None:
             raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -164,7 +165,7 @@ def _write_arrays(documents: Sequence[Document], beside: Path, names: Sequence[s
         "lengths": [len(one) for one in documents],
         "end_counts": [len(one.ends) for one in documents],
         "weighted": [one.weights is not None for one in documents],
-        "files": [names.index(one.file) if names else -1 for one in documents],
+        "files": [names.index(one.file) for one in documents],
         "rows": [one.row for one in documents],
     }
     counts = {}
@@ -178,18 +179,18 @@ def _write_arrays(documents: Sequence[Document], beside: Path, names: Sequence[s
     return counts
 
 
-def _named(error: DataError, files: Sequence[Path]) -> dict[str, Any]:
-    """An error without the names of files, which may be others when it is read again."""
-    number = next((number for number, path in enumerate(files) if str(path) == error.file), None)
+def _named(error: DataError, names: Sequence[str]) -> dict[str, Any]:
+    """An error without the names of sources, which may be others when it is read again."""
+    number = names.index(error.file) if error.file in names else None
     problem = str(error)
     return {
-        "problem": problem if number is None else problem.replace(str(files[number]), "\0"),
+        "problem": problem if number is None else problem.replace(names[number], "\0"),
         "file": number,
         "row": error.row,
     }
 
 
-def _read(place: Path, files: Sequence[Path]) -> Tokenised | None:
+def _read(place: Path, names: Sequence[str]) -> Tokenised | None:
     """An entry, or None where there is none or it is damaged; its arrays stay on disk until they are used."""
     try:
         index = json.loads((place / "index.json").read_text(encoding="utf-8"))
@@ -201,7 +202,6 @@ def _read(place: Path, files: Sequence[Path]) -> Tokenised | None:
     end_starts = np.concatenate([[0], np.cumsum(arrays["end_counts"])]).tolist()
     weighted = arrays["weighted"]
     weight_starts = np.concatenate([[0], np.cumsum(lengths * weighted)]).tolist()
-    names = [str(path) for path in files]
     documents = []
     for number, (file, row) in enumerate(zip(arrays["files"].tolist(), arrays["rows"].tolist(), strict=True)):
         tokens = slice(starts[number], starts[number + 1])
@@ -210,7 +210,7 @@ def _read(place: Path, files: Sequence[Path]) -> Tokenised | None:
             Document(
                 input_ids=arrays["input_ids"][tokens],
                 labels=arrays["labels"][tokens],
-                file=names[file] if file >= 0 else "rows in memory",
+                file=names[file],
                 row=row,
                 weights=weights if weighted[number] else None,
                 ends=arrays["ends"][end_starts[number] : end_starts[number + 1]],

@@ -90,17 +90,20 @@ class ChatEncoder:
                 f"a question and an answer: {error}", fix="another chat template, or other options of it"
             ) from None
 
-    def encode(self, data: DataSpec, skipped: list[DataError] | None = None) -> Iterator[Document]:
+    def encode(
+        self, data: DataSpec, skipped: list[DataError] | None = None, rows: Iterable[Row] | None = None
+    ) -> Iterator[Document]:
         """The documents of a source, in its order, of any length.
 
         Args:
             data: what to read, and how it is trained.
             skipped: takes the errors of rows that are wrong, which are left out; raised where None.
+            rows: some of the source's; all of them where None.
 
         Raises:
             DataError: a row cannot be read or rendered, or its turns cannot be told apart; it names file and row.
         """
-        return (document for document, _ in self._encoded(data, skipped))
+        return (document for document, _ in self._encoded(data, skipped, rows))
 
     def shown(self, data: DataSpec, skipped: list[DataError] | None = None) -> Iterator[list[ShownToken]]:
         """The documents of :meth:`encode`, token by token."""
@@ -109,7 +112,7 @@ class ChatEncoder:
             yield list(_shown(document, one, tokens, end))
 
     def _encoded(
-        self, data: DataSpec, skipped: list[DataError] | None
+        self, data: DataSpec, skipped: list[DataError] | None, rows: Iterable[Row] | None = None
     ) -> Iterator[tuple[Document, tuple[_Rendered, Tokens]]]:
         template = self.template(data.template_options)
 
@@ -118,8 +121,8 @@ class ChatEncoder:
                 raise error
             skipped.append(error)
 
-        rows = read_rows(data, refuse)
-        while chunk := list(itertools.islice(rows, _RENDERED_AT_ONCE)):
+        left = read_rows(data, refuse) if rows is None else iter(rows)
+        while chunk := list(itertools.islice(left, _RENDERED_AT_ONCE)):
             asked = list(_kept(refuse, partial(_asked, data=data, template=template), chunk))
             texts = self._texts_of(asked, template)
             rendered = list(_kept(refuse, partial(_rendered, template=template), asked, texts))

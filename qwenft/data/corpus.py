@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from qwenft.data.cache import tokenised
-from qwenft.data.stream import Stream
+from qwenft.data.fitting import Counts, fitted
+from qwenft.data.iterable import IterableStream
+from qwenft.data.stream import MapStream, Stream
 from qwenft.errors import DataError
 from qwenft.plan.records import DataReport
 from qwenft.specs.data import DataSpec
@@ -28,12 +30,12 @@ class Corpus:
     Args:
         train: the rows and steps of training.
         held_out: the rows of evaluation, or None.
-        report: what was counted.
+        report: what was counted: of streamed data, their first window.
         digests: of each file, what it gave to either part: equal ones are trained on alike.
     """
 
     train: Stream
-    held_out: Stream | None
+    held_out: MapStream | None
     report: DataReport
     digests: dict[str, str]
 
@@ -41,40 +43,29 @@ class Corpus:
 _STEPS = 16  # of the histogram of lengths
 
 
-@attrs.define
-class _Counts:
-    rows: int = 0
-    dropped: int = 0
-    truncated: int = 0
-    split: int = 0
-    untrained: int = 0
-    lost: Counter[str] = attrs.field(factory=Counter)
-    skipped: list[DataError] = attrs.field(factory=list)
-    cache: str = ""
-    lengths: list[int] = attrs.field(factory=list)
-    kept_tokens: int = 0
-
-
 def read_corpus(data: DataSpec, training: TrainingSpec, encoder: ChatEncoder) -> Corpus:
-    """Tokenise a source, apply its length policy, hold some out, and count.
+    """Tokenise a source, apply its length policy, hold some out, and count; of streamed data the first window.
 
     Raises:
         DataError: a row is wrong, too long under the policy "error", or no token of the data is trained.
     """
-    counts = _Counts()
-    documents = _fitting(data, encoder, counts)
+    counts = Counts()
+    options = _options(data, training)
+    streamed = None if data.window is None else IterableStream(data, encoder, **options)
+    documents = _fitting(data, encoder, counts) if streamed is None else streamed.first(counts)
     _require_supervision(documents, data, "data")
     held_out: list[Document] = []
     if isinstance(data.held_out, DataSpec):
-        others = _Counts()
+        others = Counts()
         held_out = _fitting(data.held_out, encoder, others)
         counts.skipped = [*counts.skipped, *others.skipped]
         _require_supervision(held_out, data.held_out, "held-out data")
     elif data.held_out is not None:
         documents, held_out = _split(documents, data.held_out, training.seed)
-    train = _stream(documents, data, training)
+    train = MapStream(documents, **options)
     rows = train.rows()
     tokens = sum(train.lengths)
+    taken = sum(train.lengths[document] for row in rows for document in row)
     report = DataReport(
         rows=counts.rows,
         documents=len(documents),
@@ -92,17 +83,20 @@ def read_corpus(data: DataSpec, training: TrainingSpec, encoder: ChatEncoder) ->
         lengths=_histogram(counts.lengths),
         cache=counts.cache,
         stream_rows=len(rows),
-        fill=tokens / (len(rows) * data.capacity),
+        fill=taken / (len(rows) * data.capacity),
         steps_per_epoch=train.step_count(),
         # Epochs see other rows, and may need a step more or less.
         steps=training.max_steps or sum(train.step_count(epoch) for epoch in range(training.epochs or 1)),
+        window=data.window,
         held_out=len(held_out),
         held_out_supervised=sum(document.supervised for document in held_out),
     )
     _require_reached(report.steps, training)
     other = data.held_out if isinstance(data.held_out, DataSpec) else data
+    evaluated = MapStream(held_out, **_options(other, training)) if held_out else None
+    # Of a stream only its beginning is known; its places tell what was read since.
     digests = {**_digests(documents, ""), **_digests(held_out, "held out, ")}
-    return Corpus(train, _stream(held_out, other, training) if held_out else None, report, digests)
+    return Corpus(streamed or train, evaluated, report, digests)
 
 
 def _histogram(lengths: list[int]) -> tuple[tuple[int, int], ...]:
@@ -111,53 +105,27 @@ def _histogram(lengths: list[int]) -> tuple[tuple[int, int], ...]:
     return tuple(((step + 1) * width, found[step]) for step in range(max(found) + 1))
 
 
-def _stream(documents: list[Document], data: DataSpec, training: TrainingSpec) -> Stream:
-    return Stream(
-        documents,
-        capacity=data.capacity,
-        packed=data.packed,
-        tokens_per_step=training.tokens_per_step,
-        seed=training.seed,
-    )
+def _options(data: DataSpec, training: TrainingSpec) -> dict[str, Any]:
+    return {
+        "capacity": data.capacity,
+        "packed": data.packed,
+        "tokens_per_step": training.tokens_per_step,
+        "seed": training.seed,
+    }
 
 
-def _fitting(data: DataSpec, encoder: ChatEncoder, counts: _Counts) -> list[Document]:
-    """The documents that are trained on, after the length policy; the others are counted."""
+def _fitting(data: DataSpec, encoder: ChatEncoder, counts: Counts) -> list[Document]:
+    """The documents of all parts that are trained on, after the length policy; the others are counted."""
     documents = []
-    read = tokenised(data, encoder)
-    counts.skipped, counts.cache = read.skipped, read.cache
-    for document in read.documents:
-        counts.rows += 1
-        counts.lost.update(document.lost)
-        pieces = [document] if len(document) <= data.max_length else _shortened(document, data, counts)
-        trained = [piece for piece in pieces if piece.supervised]
-        counts.untrained += bool(pieces) and not trained
-        documents += trained
-        counts.lengths.append(len(document))
-        # What pieces repeat as context is not lost, nor is it kept twice.
-        counts.kept_tokens += min(sum(map(len, trained)), len(document))
-    counts.rows += len(counts.skipped)
+    for part, times in data.parts:
+        read = tokenised(part, encoder)
+        counts.skipped += read.skipped
+        counts.cache = "; ".join(filter(None, (counts.cache, read.cache)))
+        counts.rows += len(read.documents) + len(read.skipped)
+        for document in read.documents:
+            pieces = fitted(document, part, counts)
+            documents += pieces if times == 1 else [attrs.evolve(piece, times=times) for piece in pieces]
     return documents
-
-
-def _shortened(document: Document, data: DataSpec, counts: _Counts) -> list[Document]:
-    """What the length policy leaves of a document that is too long."""
-    if data.overflow == "error":
-        raise DataError(
-            f"{document.file}, row {document.row}: {len(document):,} tokens are more than "
-            f"max_length = {data.max_length:,}",
-            fix=f'.with_max_length({len(document)}), or overflow="drop", "truncate" or "split"',
-            file=document.file,
-            row=document.row,
-        )
-    if data.overflow == "truncate" and (stop := document.last_end(0, data.max_length)):
-        counts.truncated += 1
-        return [document.piece(0, stop, trained_from=0)]
-    if data.overflow == "split":
-        counts.split += 1
-        return list(document.split(data.max_length, data.overlap))
-    counts.dropped += 1
-    return []
 
 
 def _split(documents: list[Document], fraction: float, seed: int) -> tuple[list[Document], list[Document]]:
@@ -181,7 +149,7 @@ def _split(documents: list[Document], fraction: float, seed: int) -> tuple[list[
 
 def _require_supervision(documents: list[Document], data: DataSpec, what: str) -> None:
     if not documents:
-        where = data.source if isinstance(data.source, tuple) else "rows in memory"
+        where = ", ".join(data.source) if isinstance(data.source, tuple) else data.source
         raise DataError(
             f"no token of the {what} is trained ({where}): every row is too long or has no assistant turn",
             fix="conversations with assistant turns, or a larger .with_max_length(n)",

@@ -25,6 +25,7 @@ class Document:
         weights: [T] float32, of the positions in the loss; 1 everywhere where None.
         ends: [M] int32, behind the last token of each message that ends with a control token.
         lost: what the row holds and the template leaves out, such as "reasoning" or "content of the system".
+        times: how often an epoch takes it.
     """
 
     input_ids: np.ndarray
@@ -34,6 +35,7 @@ class Document:
     weights: np.ndarray | None = None
     ends: np.ndarray = attrs.field(factory=lambda: np.zeros(0, dtype=np.int32))
     lost: tuple[str, ...] = ()
+    times: float = 1.0
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -6,6 +6,7 @@ import csv
 import glob
 import itertools
 import json
+import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ import attrs
 
 from qwenft.data.formats import EXAMPLE, conversation
 from qwenft.errors import DataError
-from qwenft.specs.rows import Rows, without_none
+from qwenft.specs.rows import HubRows, IteratedRows, Rows, without_none
 
 if TYPE_CHECKING:
     from qwenft.specs.data import DataSpec
@@ -29,7 +30,7 @@ class Row:
 
     Args:
         values: its columns.
-        file: the path, or "rows in memory".
+        file: the path, "rows in memory", or the name of a data set.
         number: the line of a JSONL or CSV file, else the place among the rows, counted from 1.
     """
 
@@ -56,20 +57,60 @@ def read_rows(data: DataSpec, on_bad_row: BadRow | None = None) -> Iterator[Row]
         DataError: a file is missing, changes while it is read or holds no row, or a row is no mapping; the error
             names file and row.
     """
-    if isinstance(data.source, Rows):
-        yield from _memory_rows(data.source)
+    source = data.source
+    if isinstance(source, tuple):
+        for path in files_of(data):
+            yield from _file_rows(path, on_bad_row or _raise)
         return
-    for path in files_of(data):
-        yield from _file_rows(path, on_bad_row or _raise)
+    rows = IteratedRows(_hub_rows(source, streamed=True)) if isinstance(source, HubRows) else source
+    found = False
+    for number, values in enumerate(_iterated(rows, str(source)), start=1):
+        found = True
+        row = Row(values, str(source), number)
+        if isinstance(values, Mapping):
+            yield row
+        else:
+            (on_bad_row or _raise)(row.error(f"expected a mapping, got {type(values).__name__}", EXAMPLE))
+    if not found:
+        raise DataError(f"{source}: there is no row", fix=f"DataSpec.messages([{EXAMPLE}])", file=None, row=None)
+
+
+def resolved(data: DataSpec) -> DataSpec:
+    """The data with their source at hand: what lies on the hub is downloaded, unless it is streamed.
+
+    Raises:
+        DataError: there is no such data set, split or revision, or it cannot be reached.
+    """
+    if isinstance(data.source, HubRows) and data.window is None:
+        return attrs.evolve(data, source=Rows(_hub_rows(data.source, streamed=False), str(data.source)))
+    return data
+
+
+def _hub_rows(source: HubRows, *, streamed: bool) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(source.name, split=source.split, revision=source.revision, streaming=streamed)
+    except Exception as error:  # datasets raises errors of many libraries
+        raise _of_hub(source, error) from error
+
+
+def _of_hub(source: HubRows, error: Exception) -> DataError:
+    return DataError(
+        f"{source}: cannot be loaded: {type(error).__name__}: {error}",
+        fix='the id of a data set that you may read, and one of its splits: ("organisation/name", split="train")',
+        file=str(source),
+        row=None,
+    )
 
 
 def files_of(data: DataSpec) -> list[Path]:
-    """The files of a source, in its order; none for rows in memory.
+    """The files of a source, in its order; none for rows and data sets.
 
     Raises:
         DataError: one is missing or no regular file.
     """
-    if isinstance(data.source, Rows):
+    if not isinstance(data.source, tuple):
         return []
     files = [path for pattern in data.source for path in _paths(pattern)]
     for path in files:
@@ -98,13 +139,19 @@ def check_head(data: DataSpec, rows: int = 5) -> None:
     Raises:
         DataError: what would be wrong with them in training.
     """
-    skips = data.bad_rows == "skip"
-    sources = [data.source] if isinstance(data.source, Rows) else [(path,) for path in data.source]
-    for source in sources:
-        head = read_rows(attrs.evolve(data, source=source), _ignore if skips else None)
-        for row in itertools.islice(head, rows):
-            if not skips:
-                conversation(row, data)
+    for part, _ in data.parts:
+        skips = part.bad_rows == "skip"
+        sources: list[Any] = [part.source]
+        if isinstance(part.source, tuple):
+            sources = [(path,) for path in part.source]
+        elif isinstance(part.source, HubRows):
+            # Streamed, so that no data set is downloaded for its head: whole splits can be, not slices of them.
+            sources = [attrs.evolve(part.source, split=re.split(r"[\[+]", part.source.split)[0])]
+        for source in sources:
+            head = read_rows(attrs.evolve(part, source=source, window=rows), _ignore if skips else None)
+            for row in itertools.islice(head, rows):
+                if not skips:
+                    conversation(row, part)
 
 
 def _raise(error: DataError) -> None:
@@ -125,13 +172,14 @@ def _paths(pattern: str) -> list[Path]:
     return paths
 
 
-def _memory_rows(rows: Rows) -> Iterator[Row]:
-    if len(rows) == 0:
+def _iterated(rows: Any, name: str) -> Iterator[Any]:
+    """The rows, and where they cannot be reached any more an error that names them."""
+    try:
+        yield from rows
+    except OSError as error:
         raise DataError(
-            "rows in memory: there is none", fix=f"DataSpec.messages([{EXAMPLE}])", file=None, row=None
-        )
-    for number, values in enumerate(rows, start=1):
-        yield Row(values, "rows in memory", number)
+            f"{name}: cannot be read: {error}", fix="a data set that can", file=None, row=None
+        ) from error
 
 
 def _file_rows(path: Path, on_bad_row: BadRow) -> Iterator[Row]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import numpy as np
@@ -19,6 +21,23 @@ if TYPE_CHECKING:
     from qwenft.data.document import Document
 
 
+@attrs.frozen
+class Place:
+    """Where a stream goes on; the same for any number of ranks.
+
+    Args:
+        epoch: counted from 0.
+        row: how many of its rows are behind; of its window's, where it is streamed.
+        read: how many rows of a streamed source are before the window.
+        digest: a sha256 of these, which shows that the source gives the same ones again.
+    """
+
+    epoch: int = 0
+    row: int = 0
+    read: int = 0
+    digest: str = ""
+
+
 @attrs.frozen(eq=False)
 class Batch:
     """A micro-batch: one row of the stream.
@@ -29,6 +48,7 @@ class Batch:
         layout: where its documents begin.
         weights: [T] float32, each position's weight in the loss; 1 everywhere where None.
         documents: (file, row) of each document.
+        following: where the stream goes on behind the step that this is part of; None where it is of no stream.
     """
 
     input_ids: torch.Tensor
@@ -36,6 +56,7 @@ class Batch:
     layout: SequenceLayout
     weights: torch.Tensor | None = None
     documents: tuple[tuple[str, int], ...] = ()
+    following: Place | None = None
 
     @classmethod
     def from_documents(cls, documents: Sequence[Document]) -> Batch:
@@ -57,6 +78,10 @@ class Batch:
             layout=self.layout.to(device),
             weights=None if self.weights is None else self.weights.to(device),
         )
+
+    def untrained(self) -> Batch:
+        """The same micro-batch with no token of it trained."""
+        return attrs.evolve(self, labels=torch.full_like(self.labels, IGNORED))
 
     def split(self) -> list[Batch]:
         """A micro-batch for each of its documents."""
@@ -91,67 +116,125 @@ def _weights(documents: Sequence[Document]) -> torch.Tensor | None:
     return torch.from_numpy(np.concatenate(ones))
 
 
-class Stream:
-    """The rows and steps of documents, the same for the same seed and epoch.
+class Stream(ABC):
+    """Documents in rows, and rows in steps, the same for the same seed and from any place on.
 
     Args:
-        documents: none longer than ``capacity``.
         capacity: of a row, in tokens.
         packed: rows hold as many documents as fit; else one each.
-        tokens_per_step: the most tokens of a step; one row where None.
+        tokens_per_step: the most tokens of a step over all ranks; one row a rank where None.
         seed: of shuffling and packing.
+        rank: whose micro-batches are made.
+        ranks: how many share a step.
     """
 
     def __init__(
         self,
-        documents: Sequence[Document],
         *,
         capacity: int,
         packed: bool,
         tokens_per_step: int | None = None,
         seed: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
-        self.documents = documents
-        self.lengths = [len(document) for document in documents]
         self.capacity = capacity
         self.packed = packed
         self.tokens_per_step = tokens_per_step
         self.seed = seed
-        self._counts: dict[int, int] = {}
+        self.rank = rank
+        self.ranks = ranks
 
-    def rows(self, epoch: int = 0) -> list[list[int]]:
-        """The document indices of every row of an epoch, in the order of training."""
-        seed = 1_000_003 * self.seed + epoch
+    @abstractmethod
+    def rows_from(self, place: Place) -> Iterator[tuple[Place, list[Document]]]:
+        """Every row of the place's epoch from there on, with the place behind it."""
+
+    def steps(self, place: Place = Place()) -> Iterator[tuple[Place, list[list[Document]]]]:
+        """The rows of every step of the place's epoch from there on, with the place behind it.
+
+        A step takes as many rows as fit in ``tokens_per_step``, whatever the number of ranks.
+        """
+        step: list[list[Document]] = []
+        room, behind = 0, place
+        for following, row in self.rows_from(place):
+            tokens = sum(map(len, row))
+            if step and (len(step) == self.ranks if self.tokens_per_step is None else tokens > room):
+                yield behind, step
+                step = []
+            if not step:
+                room = self.tokens_per_step or 0
+            step.append(row)
+            room -= tokens
+            behind = following
+        if step:
+            yield behind, step
+
+    def batches(self, place: Place = Place()) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of every step of the place's epoch from there on.
+
+        All ranks have as many in a step: one that is left without a row takes the step's first, untrained.
+        """
+        for following, step in self.steps(place):
+            mine = [Batch.from_documents(row) for row in step[self.rank :: self.ranks]]
+            if len(mine) < -(-len(step) // self.ranks):
+                mine.append(Batch.from_documents(step[0]).untrained())
+            yield [attrs.evolve(batch, following=following) for batch in mine]
+
+    def arranged(self, lengths: Sequence[int], seed: int) -> list[list[int]]:
+        """The rows of documents of these lengths, in the order of training, as their indices."""
         if self.packed:
-            return pack(self.lengths, self.capacity, seed=seed)
-        order = list(range(len(self.lengths)))
+            return pack(lengths, self.capacity, seed=seed)
+        order = list(range(len(lengths)))
         random.Random(seed).shuffle(order)
         return [[document] for document in order]
 
-    def steps(self, epoch: int = 0) -> list[list[list[int]]]:
-        """The rows of every step: as many as fit in ``tokens_per_step``."""
-        steps: list[list[list[int]]] = []
-        room = 0
-        for row in self.rows(epoch):
-            tokens = sum(self.lengths[document] for document in row)
-            if not steps or self.tokens_per_step is None or tokens > room:
-                steps.append([])
-                room = self.tokens_per_step or 0
-            steps[-1].append(row)
-            room -= tokens
-        return steps
+
+class MapStream(Stream):
+    """The rows of documents that are all at hand, each of them once an epoch unless its ``times`` say otherwise.
+
+    Args:
+        documents: none longer than the capacity.
+        options: of :class:`Stream`.
+    """
+
+    def __init__(self, documents: Sequence[Document], **options: Any) -> None:
+        super().__init__(**options)
+        self.documents = documents
+        self.lengths = [len(document) for document in documents]
+        alike: dict[float, list[int]] = {}
+        for number, document in enumerate(documents):
+            if document.times != 1:
+                alike.setdefault(document.times, []).append(number)
+        self._offsets: list[
+            tuple[int, float, float]
+        ] = []  # document, times, where in the course of epochs it is due
+        shuffle = random.Random(self.seed)
+        for times, numbers in alike.items():
+            shuffle.shuffle(numbers)
+            self._offsets += [(number, times, place / len(numbers)) for place, number in enumerate(numbers)]
+
+    def rows(self, epoch: int = 0) -> list[list[int]]:
+        """The document indices of every row of an epoch, in the order of training."""
+        taken = self._taken(epoch)
+        rows = self.arranged([self.lengths[document] for document in taken], 1_000_003 * self.seed + epoch)
+        return [[taken[place] for place in row] for row in rows]
+
+    def _taken(self, epoch: int) -> list[int]:
+        """The documents of an epoch, each as often as it is taken.
+
+        One that is taken ``times`` an epoch has its turns evenly spaced over the epochs, and those of its like
+        are spread between them, so that every epoch takes as many and all are seen alike.
+        """
+        copies = [1] * len(self.documents)
+        for document, times, offset in self._offsets:
+            copies[document] = math.floor((epoch + 1) * times + offset) - math.floor(epoch * times + offset)
+        return [document for document, count in enumerate(copies) for _ in range(count)]
+
+    def rows_from(self, place: Place) -> Iterator[tuple[Place, list[Document]]]:
+        """Every row of the place's epoch from there on, with the place behind it."""
+        for number, row in enumerate(self.rows(place.epoch)[place.row :], start=place.row + 1):
+            yield Place(place.epoch, number), [self.documents[document] for document in row]
 
     def step_count(self, epoch: int = 0) -> int:
-        """How many steps an epoch has; packed once for it."""
-        if epoch not in self._counts:
-            self._counts[epoch] = len(self.steps(epoch))
-        return self._counts[epoch]
-
-    def batches(self, epoch: int = 0, first: int = 0) -> Iterator[list[Batch]]:
-        """The micro-batches of every step of an epoch, from its step ``first`` on."""
-        for step in self.steps(epoch)[first:]:
-            yield [self.batch(row) for row in step]
-
-    def batch(self, row: Sequence[int]) -> Batch:
-        """The micro-batch that holds these documents."""
-        return Batch.from_documents([self.documents[document] for document in row])
+        """How many steps an epoch has."""
+        return sum(1 for _ in self.steps(Place(epoch)))

@@ -41,6 +41,7 @@ class DataReport:
         steps: optimizer steps of the run.
         held_out: documents kept for evaluation.
         held_out_supervised: tokens that the held-out loss is taken on.
+        window: how many rows were counted at the most, where the data are streamed; None where all were.
     """
 
     rows: int
@@ -64,6 +65,7 @@ class DataReport:
     steps: int
     held_out: int
     held_out_supervised: int
+    window: int | None = None
 
 
 @attrs.frozen

@@ -153,8 +153,13 @@ class Description:
 
 
 def preview(data: DataSpec, model: ModelSpec, n: int) -> Preview:
-    """The first ``n`` documents of the data; see :meth:`qwenft.DataSpec.preview`."""
-    shown = itertools.islice(_encoder(model).shown(data, [] if data.bad_rows == "skip" else None), n)
+    """The first ``n`` documents of each part of the data; see :meth:`qwenft.DataSpec.preview`."""
+    encoder = _encoder(model)
+    shown = (
+        document
+        for part, _ in data.parts
+        for document in itertools.islice(encoder.shown(part, [] if part.bad_rows == "skip" else None), n)
+    )
     return Preview(tuple(map(tuple, shown)))
 
 
@@ -165,7 +170,8 @@ def describe(data: DataSpec, model: ModelSpec) -> Description:
     seen: set[bytes] = set()
     duplicates = 0
     lost: Counter[str] = Counter()
-    for document in _encoder(model).encode(data, refused):
+    encoder = _encoder(model)
+    for document in (found for part, _ in data.parts for found in encoder.encode(part, refused)):
         lengths.append(len(document))
         supervised.append(document.supervised)
         lost.update(document.lost)

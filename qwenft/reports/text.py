@@ -164,7 +164,8 @@ def data_text(plan: TrainingPlan) -> str:
         if count
     ]
     return (
-        f"{data.documents:,} documents, {data.tokens:,} tokens, {data.supervised:,} of them supervised; "
+        ("" if data.window is None else f"streamed, of the first {data.rows:,} rows: ")
+        + f"{data.documents:,} documents, {data.tokens:,} tokens, {data.supervised:,} of them supervised; "
         f"{data.stream_rows:,} rows filled to {data.fill:.0%}; {data.steps:,} steps"
         + (f"; {data.held_out:,} documents held out" if data.held_out else "")
         + (f"; {', '.join(lost)}" if lost else "")

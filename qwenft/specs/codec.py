@@ -17,14 +17,15 @@ from cattrs.gen import make_dict_structure_fn
 from qwenft.capabilities import AttentionBackend, Backend, LinearAttentionBackend
 from qwenft.errors import CheckpointError, QwenftError, SpecError
 from qwenft.specs.base import refuse_renamed
-from qwenft.specs.data import DataSpec
-from qwenft.specs.rows import Rows
+from qwenft.specs.data import DataSpec, Source
+from qwenft.specs.rows import HubRows, IteratedRows, Rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
 T = TypeVar("T")
+_Mixed = tuple[tuple[DataSpec, float], ...]
 
 
 class Codec:
@@ -51,7 +52,9 @@ class Codec:
         self.converter.register_structure_hook(str | AttentionBackend, self._load_backend)
         self.converter.register_structure_hook(str | LinearAttentionBackend, self._load_backend)
         self.converter.register_structure_hook(str | Callable[..., Any], self._load_loss)
-        self.converter.register_structure_hook(tuple[str, ...] | Rows, self._load_source)
+        self.converter.register_unstructure_hook(IteratedRows, self._dump_iterated)
+        self.converter.register_structure_hook(Source, self._load_source)
+        self.converter.register_structure_hook_func(lambda kind: kind == _Mixed, self._load_mixed)
         self.converter.register_structure_hook(float | DataSpec | None, self._load_holdout)
 
     def dump(self, value: Any) -> Any:
@@ -127,6 +130,11 @@ class Codec:
         except (ImportError, AttributeError) as error:
             raise SpecError(f"the recipe names the {what} {place}, which cannot be loaded: {error}") from None
 
+    def _dump_iterated(self, rows: IteratedRows) -> dict[str, str]:
+        if self.folder is not None:
+            raise _cannot_be_written(rows)
+        return {"iterated": str(rows)}
+
     def _dump_rows(self, rows: Rows) -> dict[str, str]:
         name = _rows_name(rows)
         if self.folder is not None and not (self.folder / name).exists():
@@ -136,6 +144,8 @@ class Codec:
     def _load_source(self, value: Any, _: Any) -> Any:
         if not isinstance(value, dict):
             return _tuples(value)
+        if "split" in value:
+            return self.converter.structure(value, HubRows)
         name = value.get("rows")
         if set(value) != {"rows"} or not isinstance(name, str):
             raise SpecError(f'DataSpec.source: expected paths or {{"rows": "data-....jsonl"}}, got {value!r}')
@@ -154,6 +164,12 @@ class Codec:
             )
         return rows
 
+    def _load_mixed(self, value: Any, _: Any) -> Any:
+        pairs = _tuples(value)
+        if not isinstance(pairs, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+            return pairs  # for the spec to refuse
+        return tuple((self.converter.structure(data, DataSpec), times) for data, times in pairs)
+
     def _load_holdout(self, value: Any, _: Any) -> Any:
         return self.converter.structure(value, DataSpec) if isinstance(value, dict) else value
 
@@ -170,8 +186,10 @@ class Codec:
         return structure
 
 
-def cannot_be_saved(value: Backend | FunctionType) -> SpecError | None:
-    """Why a saved recipe could not find this backend or function again, or None where it can."""
+def cannot_be_saved(value: Backend | FunctionType | IteratedRows) -> SpecError | None:
+    """Why a saved recipe could not find this backend, function or data set again, or None where it can."""
+    if isinstance(value, IteratedRows):
+        return _cannot_be_written(value)
     named = value if isinstance(value, FunctionType) else type(value)
     if named.__module__ == "__main__":
         return SpecError(
@@ -186,6 +204,14 @@ def cannot_be_saved(value: Backend | FunctionType) -> SpecError | None:
             got=value,
         )
     return None if isinstance(value, FunctionType) else _fields_problem(value)
+
+
+def _cannot_be_written(rows: IteratedRows) -> SpecError:
+    return SpecError(
+        f"{rows} in memory cannot be found again by a saved recipe",
+        fix='files, or a data set by its name: DataSpec.messages("organisation/name", split="train").stream()',
+        got=rows,
+    )
 
 
 def _fields_problem(backend: Backend) -> SpecError | None:

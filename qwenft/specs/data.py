@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import attrs
 from qwenft.errors import SpecError, nearest
 from qwenft.specs.base import Check, flag, one_of, spec, whole
 from qwenft.specs.model import ModelSpec
-from qwenft.specs.rows import Rows, is_dataset
+from qwenft.specs.rows import HubRows, IteratedRows, Rows, is_dataset, is_iterable_dataset
 
 if TYPE_CHECKING:
     from qwenft.reports.data import Description, Preview
@@ -35,9 +36,12 @@ ROLES = ("system", "user", "assistant", "tool")
 OVERFLOWS = ("drop", "truncate", "split", "error")
 
 
-def _source(value: Any) -> tuple[str, ...] | Rows:
-    """Files as a tuple of paths, or rows in memory."""
-    if isinstance(value, Rows):
+Source = tuple[str, ...] | Rows | HubRows | IteratedRows
+
+
+def _source(value: Any) -> Source:
+    """Files as a tuple of paths, or rows."""
+    if isinstance(value, Rows | HubRows | IteratedRows):
         return value
     if isinstance(value, str | os.PathLike):
         return (os.fspath(value),)
@@ -45,18 +49,47 @@ def _source(value: Any) -> tuple[str, ...] | Rows:
         return tuple(os.fspath(path) for path in value)
     if isinstance(value, list | tuple) or is_dataset(value):
         return Rows(value)
+    if is_iterable_dataset(value):
+        return IteratedRows(value)
     raise SpecError(
-        f"DataSpec.source: expected a file, a list of them, a list of dicts or a Dataset, got {value!r}",
+        f"DataSpec.source: expected a file, a list of them, a list of dicts or a data set, got {value!r}",
         fix='DataSpec.messages("chats.jsonl")',
         field="source",
         got=value,
     )
 
 
+def _of_hub(source: Any, split: str | None, revision: str | None) -> Any:
+    """A source, which is a data set's name where a split or a revision is given."""
+    if split is None and revision is None:
+        return source
+    if not isinstance(source, str | os.PathLike) or not isinstance(split, str):
+        raise SpecError(
+            f"split={split!r}, revision={revision!r}: expected the name of a data set and of a split, "
+            f"got {source!r}",
+            fix='DataSpec.messages("organisation/name", split="train")',
+            field="source",
+            got=source,
+        )
+    return HubRows(os.fspath(source), split, revision)
+
+
 def _is_holdout(value: Any) -> bool:
     if value is None or isinstance(value, DataSpec):
         return True
     return isinstance(value, float) and 0.0 < value < 1.0
+
+
+def _are_mixed(value: Any) -> bool:
+    return isinstance(value, tuple) and all(
+        isinstance(pair, tuple)
+        and len(pair) == 2
+        and isinstance(pair[0], DataSpec)
+        and isinstance(pair[1], int | float)
+        and not isinstance(pair[1], bool)
+        and 0 < pair[1] < math.inf
+        for pair in value
+    )
 
 
 def _names(value: Any) -> Any:
@@ -86,7 +119,8 @@ class DataSpec:
 
     Args:
         format: how a row says a conversation.
-        source: paths or globs of JSONL, JSON, Parquet and CSV files, or rows in memory.
+        source: paths or globs of JSONL, JSON, Parquet and CSV files, rows in memory, a data set, or the name of
+            one on the hub.
         columns: (what a format reads, the column or key that holds it), where that has another name.
         max_length: the longest document, in tokens.
         overflow: what happens to a longer one: "drop" it, "truncate" it behind the last message that fits, "split"
@@ -104,10 +138,13 @@ class DataSpec:
         template: options of the chat template by name, in JSON.
         control_tokens: a row that spells one is refused, or it is encoded as the plain text that it is ("encode").
         bad_rows: a row that is wrong is an "error", or skipped and listed ("skip").
+        mixed: (other data, how often an epoch takes each of their documents), beside these.
+        window: how many rows are read ahead, shuffled and packed together while training goes on; all of them are
+            read before it begins where None.
     """
 
     format: str = attrs.field(kw_only=True, validator=one_of(tuple(FORMATS), 'DataSpec.messages("chats.jsonl")'))
-    source: tuple[str, ...] | Rows = attrs.field(kw_only=True, converter=_source)
+    source: Source = attrs.field(kw_only=True, converter=_source)
     columns: tuple[tuple[str, str], ...] = attrs.field(
         default=(),
         kw_only=True,
@@ -164,8 +201,17 @@ class DataSpec:
         default="error", kw_only=True, validator=one_of(("error", "skip"), '.on_bad_row("error")')
     )
 
+    mixed: tuple[tuple[DataSpec, float], ...] = attrs.field(
+        default=(),
+        kw_only=True,
+        validator=Check(_are_mixed, "pairs of a DataSpec and a number above 0", ".mix(other, times=0.5)"),
+    )
+    window: int | None = attrs.field(
+        default=None, kw_only=True, validator=whole(".stream(window=2048)", low=1, optional=True)
+    )
+
     @classmethod
-    def messages(cls, source: Any) -> DataSpec:
+    def messages(cls, source: Any, split: str | None = None, revision: str | None = None) -> DataSpec:
         """Rows whose ``messages`` column is a list of {"role": ..., "content": ...}, as OpenAI's API has them.
 
         A message may also hold ``reasoning_content``, ``tool_calls``, and ``train`` and ``weight``, which decide
@@ -173,37 +219,40 @@ class DataSpec:
         column ``tools`` holds the JSON schemas of the tools.
 
         Args:
-            source: a JSONL, JSON, Parquet or CSV file, a glob, a list of these, a list of dicts, or a
-                ``datasets.Dataset``.
+            source: a JSONL, JSON, Parquet or CSV file, a glob, a list of these, a list of dicts, a
+                ``datasets.Dataset`` or ``IterableDataset``, or, with a split, the name of a data set on the hub or
+                of a folder of one.
+            split: of the data set, such as "train".
+            revision: of the data set: a branch, tag or commit.
 
         Examples:
             >>> DataSpec.messages("chats.jsonl").with_max_length(1024).pack().packed
             True
         """
-        return cls(format="messages", source=source)
+        return cls(format="messages", source=_of_hub(source, split, revision))
 
     @classmethod
-    def conversations(cls, source: Any) -> DataSpec:
+    def conversations(cls, source: Any, split: str | None = None, revision: str | None = None) -> DataSpec:
         """Rows whose ``conversations`` are lists of {"from": "human", "value": ...}, as ShareGPT has them.
 
         A column ``system`` that is not empty goes before them, and ``tools`` holds the JSON schemas of the tools.
         """
-        return cls(format="conversations", source=source)
+        return cls(format="conversations", source=_of_hub(source, split, revision))
 
     @classmethod
-    def prompt_completion(cls, source: Any) -> DataSpec:
+    def prompt_completion(cls, source: Any, split: str | None = None, revision: str | None = None) -> DataSpec:
         """Rows with a ``prompt`` and a ``completion``, which is trained: texts or lists of messages."""
-        return cls(format="prompt_completion", source=source)
+        return cls(format="prompt_completion", source=_of_hub(source, split, revision))
 
     @classmethod
-    def alpaca(cls, source: Any) -> DataSpec:
+    def alpaca(cls, source: Any, split: str | None = None, revision: str | None = None) -> DataSpec:
         """Rows with an ``instruction``, an ``output``, and an ``input`` and a ``system`` that may be empty."""
-        return cls(format="alpaca", source=source)
+        return cls(format="alpaca", source=_of_hub(source, split, revision))
 
     @classmethod
-    def text(cls, source: Any) -> DataSpec:
+    def text(cls, source: Any, split: str | None = None, revision: str | None = None) -> DataSpec:
         """Rows with a ``text``, which is trained whole, without a chat template, and ends with the end of text."""
-        return cls(format="text", source=source)
+        return cls(format="text", source=_of_hub(source, split, revision))
 
     def with_columns(self, **names: str) -> DataSpec:
         """Say which columns, or keys of a message, hold what the format reads: ``messages="dialogue"``."""
@@ -262,6 +311,37 @@ class DataSpec:
         """Give each document a row of its own."""
         return attrs.evolve(self, packed=False, row_tokens=None)
 
+    def mix(self, other: DataSpec, times: float = 1.0) -> DataSpec:
+        """Train on other data too.
+
+        Lengths, packing and what is held out are said of the whole, by its own methods.
+
+        Args:
+            other: their own source, format and masks.
+            times: how often an epoch takes each of their documents: 3 is three times, 0.25 is another quarter of
+                them every epoch.
+
+        Examples:
+            >>> chats = DataSpec.messages("chats.jsonl").mix(DataSpec.text("notes.jsonl"), times=0.25)
+            >>> chats.with_max_length(4096).pack().mixed[0][1]
+            0.25
+        """
+        if isinstance(other, DataSpec) and (of_the_whole := _of_the_whole(other)):
+            raise SpecError(
+                f"DataSpec.mix: {', '.join(of_the_whole)} of the other data would not be used",
+                fix="say it of the whole: data.mix(other).with_max_length(4096).pack()",
+                field="mixed",
+                got=other,
+            )
+        return attrs.evolve(self, mixed=(*self.mixed, (other, times)))
+
+    def stream(self, window: int = 2048) -> DataSpec:
+        """Read while training goes on, ``window`` rows ahead, which are shuffled and packed together.
+
+        How many rows there are is not known before, so that ``TrainingSpec(max_steps=...)`` ends the run.
+        """
+        return attrs.evolve(self, window=window)
+
     def hold_out(self, data: float | DataSpec) -> DataSpec:
         """Keep a fraction of the rows, or other data, for evaluation."""
         return attrs.evolve(self, held_out=data)
@@ -271,7 +351,7 @@ class DataSpec:
 
         Args:
             model: whose tokenizer and chat template are used.
-            n: how many.
+            n: how many, and as many of each that is mixed in.
 
         Returns:
             Shown in colours in a notebook, and printed in colours in a terminal.
@@ -297,6 +377,13 @@ class DataSpec:
         return describe(self, model if isinstance(model, ModelSpec) else ModelSpec(model))
 
     @property
+    def parts(self) -> tuple[tuple[DataSpec, float], ...]:
+        """These data and those mixed in, in the whole's lengths, and how often an epoch takes each document."""
+        shared = {name: getattr(self, name) for name in ("max_length", "overflow", "overlap")}
+        others = ((attrs.evolve(other, **shared), times) for other, times in self.mixed)
+        return ((attrs.evolve(self, mixed=()), 1.0), *others)
+
+    @property
     def names(self) -> dict[str, str]:
         """The columns and keys that the format reads, by what they hold."""
         return {**FORMATS[self.format], **dict(self.columns)}
@@ -310,3 +397,12 @@ class DataSpec:
     def capacity(self) -> int:
         """The most tokens in a row of the stream."""
         return (self.row_tokens or self.max_length) if self.packed else self.max_length
+
+
+_WHOLE = ("max_length", "overflow", "overlap", "packed", "row_tokens", "held_out", "mixed", "window")
+
+
+def _of_the_whole(data: DataSpec) -> list[str]:
+    """The fields that mixed data say otherwise than by default, though the whole decides."""
+    fields = attrs.fields_dict(DataSpec)
+    return [name for name in _WHOLE if getattr(data, name) != fields[name].default]

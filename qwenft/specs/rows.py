@@ -1,4 +1,4 @@
-"""Rows that are in memory already: a list of dicts, or a data set object."""
+"""Rows that lie in no file of their own: in memory, in a data set object, or on the hub."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+import attrs
 
 from qwenft.errors import SpecError
 
@@ -18,12 +20,14 @@ class Rows:
 
     Args:
         rows: a list or tuple of mappings, or anything with ``__len__`` and ``__iter__`` that gives mappings.
+        name: what errors call them.
 
     Raises:
         SpecError: a row is no mapping, or holds what JSON cannot.
     """
 
-    def __init__(self, rows: Any) -> None:
+    def __init__(self, rows: Any, name: str = "rows in memory") -> None:
+        self._name = name
         copied = isinstance(rows, list | tuple)
         self._lines: tuple[str, ...] | None = tuple(_lines(rows)) if copied else None
         self._rows: Any = None if copied else rows
@@ -60,10 +64,53 @@ class Rows:
     def __repr__(self) -> str:
         return f"<{len(self)} rows in memory>"
 
+    def __str__(self) -> str:
+        return self._name
+
+
+@attrs.frozen
+class HubRows:
+    """Rows of a data set on the hub, or in a folder that ``datasets.load_dataset`` reads.
+
+    Args:
+        name: its id or folder.
+        split: such as "train" or "train[:1000]".
+        revision: a branch, tag or commit; the newest where None.
+    """
+
+    name: str
+    split: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.split}{f' at {self.revision}' if self.revision else ''}"
+
+
+@attrs.frozen(eq=False)
+class IteratedRows:
+    """Rows that can only be gone through, such as a ``datasets.IterableDataset``; equal to itself alone.
+
+    Args:
+        rows: gives the same mappings each time that it is iterated.
+    """
+
+    rows: Iterable[Mapping[str, Any]]
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return (without_none(row) for row in self.rows)
+
+    def __str__(self) -> str:
+        return f"rows of {type(self.rows).__name__}"
+
 
 def is_dataset(value: Any) -> bool:
     """Whether ``value`` is a sized, indexable collection of rows, such as a ``datasets.Dataset``."""
-    return hasattr(value, "column_names") and hasattr(value, "__len__") and hasattr(value, "__iter__")
+    return is_iterable_dataset(value) and hasattr(value, "__len__")
+
+
+def is_iterable_dataset(value: Any) -> bool:
+    """Whether ``value`` is a data set object, sized or not."""
+    return hasattr(value, "column_names") and hasattr(value, "__iter__")
 
 
 def without_none(value: Any) -> Any:

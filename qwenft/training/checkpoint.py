@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     import torch
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 

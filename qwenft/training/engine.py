@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import torch
 
+from qwenft.data.stream import Batch, Place
 from qwenft.errors import CheckpointError, DataError, NonFiniteError, SpecError
 from qwenft.kernels.fusion import compile_seconds, fusion
 from qwenft.models.bind import causal_of, hidden_states
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from qwenft.data.corpus import Corpus
-    from qwenft.data.stream import Batch, Stream
+    from qwenft.data.stream import Stream
     from qwenft.specs.training import TrainingSpec
 
 
@@ -45,6 +47,7 @@ class Prepared:
         optimizer: over the trained parameters.
         schedule: torch's, one step an optimizer step.
         steps_done: optimizer steps so far.
+        place: behind the last of them in the data.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Prepared:
         self.optimizer = build_optimizer(self.trained.items(), training, role_of)
         self.schedule = build_schedule(self.optimizer, training, corpus.report.steps)
         self.steps_done = 0
+        self.place = Place()
         if training.activation_checkpointing:
             causal_of(model).activation_checkpointing_enable(
                 {"use_reentrant": False},
@@ -80,29 +84,26 @@ class Prepared:
         # Dropout, noise and rounding must not depend on what the process drew before.
         torch.manual_seed(training.seed)
 
-    def batches(self, epoch: int = 0, first: int = 0) -> Iterator[list[Batch]]:
-        """The micro-batches of every step of an epoch, from its step ``first`` on."""
-        return self.corpus.train.batches(epoch, first)
+    def batches(self, epoch: int = 0) -> Iterator[list[Batch]]:
+        """The micro-batches of every step of an epoch."""
+        return self.corpus.train.batches(Place(epoch))
 
     def remaining(self) -> Iterator[tuple[int, list[Batch]]]:
         """Epoch and micro-batches of every step that the recipe has left, from where this stands."""
-        epoch, first = self.position
+        place = self.place
         left = self.corpus.report.steps - self.steps_done
         while left > 0:
-            for batches in self.batches(epoch, first):
-                yield epoch, batches
+            before = left
+            for batches in self.corpus.train.batches(place):
+                yield place.epoch, batches
                 left -= 1
                 if left == 0:
                     return
-            epoch, first = epoch + 1, 0
-
-    @property
-    def position(self) -> tuple[int, int]:
-        """Epoch, and step of that epoch, that come next in the recipe's order."""
-        epoch, step = 0, self.steps_done
-        while step >= (steps := self.corpus.train.step_count(epoch)):
-            epoch, step = epoch + 1, step - steps
-        return epoch, step
+            if left == before and place == Place(place.epoch):
+                raise DataError(
+                    "the data gave no document this time", fix="a source that can be read again", row=None
+                )
+            place = Place(place.epoch + 1)
 
     def hidden(self, batch: Batch, wanted: torch.Tensor | None = None) -> torch.Tensor:
         """What the output head is given for all T tokens or S wanted ones; with NEFTune's noise in training."""
@@ -160,6 +161,7 @@ class Prepared:
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         self.steps_done += 1
+        self.place = batches[-1].following or self.place
         return StepResult(
             step=self.steps_done,
             loss=loss,
@@ -219,8 +221,8 @@ class Prepared:
         self.model.eval()
         loss = correct = tokens = 0.0
         with self._algorithms():
-            for row in stream.rows():
-                batch = stream.batch(row).to(self.device)
+            for _, row in stream.rows_from(Place()):
+                batch = Batch.from_documents(row).to(self.device)
                 scores = token_scores(*self._supervised(batch))
                 loss, correct, tokens = loss + scores[0], correct + scores[1], tokens + batch.tokens
         self.model.train(was_training)
@@ -239,10 +241,9 @@ class Prepared:
         random = {"cpu": torch.get_rng_state()}
         if self.device == "cuda":
             random["cuda"] = torch.cuda.get_rng_state()
-        epoch, step = self.position
         values = {
             "step": self.steps_done,
-            "next": {"epoch": epoch, "step": step},
+            "next": attrs.asdict(self.place),
             "optimizer": numbers,
             "schedule": self.schedule.state_dict(),
             "identity": self.identity,
@@ -279,6 +280,7 @@ class Prepared:
         if self.device == "cuda":
             torch.cuda.set_rng_state(random["cuda"])
         self.steps_done = manifest["step"]
+        self.place = Place(**manifest["next"])
 
     def _learning_rate(self) -> float:
         groups, peak = self.optimizer.param_groups, self.training.learning_rate

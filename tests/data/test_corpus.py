@@ -210,7 +210,7 @@ def test_steps_of_a_run_are_those_of_its_epochs(encoder):
     ]
     data = DataSpec.messages(chats).with_max_length(256)
     corpus = read_corpus(data, TrainingSpec(epochs=4, tokens_per_step=256), encoder)
-    assert corpus.report.steps == sum(len(corpus.train.steps(epoch)) for epoch in range(4))
+    assert corpus.report.steps == sum(corpus.train.step_count(epoch) for epoch in range(4))
 
 
 def test_held_out_data_keep_their_own_lengths(encoder):

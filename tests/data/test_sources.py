@@ -100,7 +100,7 @@ def test_a_file_that_is_missing_is_named(tmp_path):
 @pytest.mark.parametrize("source", [[], (), datasets.Dataset.from_list([])], ids=["list", "tuple", "Dataset"])
 def test_no_rows_in_memory_are_an_error(source):
     """An empty list and an empty data set hold nothing to train on."""
-    with pytest.raises(DataError, match=r"rows in memory: there is none\n  Fix: DataSpec\.messages\("):
+    with pytest.raises(DataError, match=r"rows in memory: there is no row\n  Fix: DataSpec\.messages\("):
         list(read_rows(DataSpec.messages(source)))
 
 

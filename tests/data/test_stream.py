@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwenft.data.masking import IGNORED
-from qwenft.data.stream import Batch, Stream
+from qwenft.data.stream import Batch, MapStream, Place
 
 
 @pytest.fixture
@@ -16,11 +16,19 @@ def documents(document):
 
 
 def stream(documents, **options):
-    return Stream(documents, **{"capacity": 64, "packed": True, "seed": 5, **options})
+    return MapStream(documents, **{"capacity": 64, "packed": True, "seed": 5, **options})
 
 
-def order_of(steps):
-    return [number for step in steps for row in step for number in row]
+def rows_of(step):
+    """The numbers of the documents of every row of a step."""
+    return [[document.row for document in row] for row in step]
+
+
+START = Place()
+
+
+def steps_of(source, place=START):
+    return [rows_of(step) for _, step in source.steps(place)]
 
 
 def test_a_batch_is_its_documents_one_after_the_other(document):
@@ -61,10 +69,13 @@ def test_weights_count_at_supervised_positions_only(document):
 @pytest.mark.parametrize("epoch", [0, 1, 7])
 def test_every_document_is_seen_once_an_epoch(documents, packed, tokens_per_step, epoch):
     """Whatever rows and steps are made of them, each document comes once, in a row that holds it."""
-    steps = stream(documents, packed=packed, tokens_per_step=tokens_per_step).steps(epoch)
-    assert sorted(order_of(steps)) == list(range(len(documents)))
+    steps = [
+        step for _, step in stream(documents, packed=packed, tokens_per_step=tokens_per_step).steps(Place(epoch))
+    ]
+    seen = [number for step in steps for row in rows_of(step) for number in row]
+    assert sorted(seen) == [document.row for document in documents]
     for step in steps:
-        rows = [sum(len(documents[number]) for number in row) for row in step]
+        rows = [sum(map(len, row)) for row in step]
         assert max(rows) <= 64
         assert step
         if tokens_per_step is None:
@@ -76,9 +87,43 @@ def test_every_document_is_seen_once_an_epoch(documents, packed, tokens_per_step
 def test_steps_are_as_full_as_they_can_be(documents):
     """The first row of a step would not have fitted the step before it."""
     steps = stream(documents, packed=False, tokens_per_step=100).steps()
-    sizes = [[sum(len(documents[number]) for number in row) for row in step] for step in steps]
-    assert len(steps) > 2
+    sizes = [[sum(map(len, row)) for row in step] for _, step in steps]
+    assert len(sizes) > 2
     assert all(sum(before) + after[0] > 100 for before, after in pairwise(sizes))
+
+
+@pytest.mark.parametrize("tokens_per_step", [None, 130])
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_ranks_share_every_step(documents, ranks, tokens_per_step):
+    """All ranks have as many micro-batches in a step, together its rows and its tokens, each once."""
+    sources = [stream(documents, tokens_per_step=tokens_per_step, rank=rank, ranks=ranks) for rank in range(ranks)]
+    steps = [step for _, step in sources[0].steps()]
+    by_rank = [list(source.batches()) for source in sources]
+    assert [len(of_rank) for of_rank in by_rank] == [len(steps)] * ranks
+    for number, step in enumerate(steps):
+        shares = [of_rank[number] for of_rank in by_rank]
+        assert len({len(share) for share in shares}) == 1
+        assert len({batch.following for share in shares for batch in share}) == 1
+        trained = [batch for share in shares for batch in share if batch.tokens]
+        seen = sorted(tuple(row for _, row in batch.documents) for batch in trained)
+        assert seen == sorted(map(tuple, rows_of(step)))
+
+
+@pytest.mark.parametrize("tokens_per_step", [64, 130])
+def test_steps_of_a_token_budget_do_not_depend_on_the_ranks(documents, tokens_per_step):
+    """With tokens_per_step the same rows are a step on any number of ranks."""
+    one, three = (stream(documents, tokens_per_step=tokens_per_step, ranks=ranks) for ranks in (1, 3))
+    assert steps_of(one) == steps_of(three)
+
+
+def test_another_number_of_ranks_goes_on_where_the_others_stopped(documents):
+    """Behind any step of two ranks, three take the rows that are left, each once and in their order."""
+    two, three = (stream(documents, ranks=ranks) for ranks in (2, 3))
+    order = [row for step in steps_of(two, Place(1)) for row in step]
+    done = 0
+    for place, step in two.steps(Place(1)):
+        done += len(step)
+        assert [row for step in steps_of(three, place) for row in step] == order[done:]
 
 
 def test_unpacked_rows_hold_one_document(documents):
@@ -100,10 +145,11 @@ def test_seed_and_epoch_decide_the_order(documents, packed):
 def test_batches_are_the_steps(documents):
     """batches() makes a micro-batch of every row of every step, in order."""
     source = stream(documents, tokens_per_step=130)
-    for rows, batches in zip(source.steps(2), source.batches(2), strict=True):
+    for (place, rows), batches in zip(source.steps(Place(2)), source.batches(Place(2)), strict=True):
         for row, batch in zip(rows, batches, strict=True):
-            expected = np.concatenate([documents[number].input_ids for number in row])
+            expected = np.concatenate([document.input_ids for document in row])
             assert batch.input_ids.tolist() == expected.tolist()
+            assert batch.following == place
 
 
 def test_weights_of_a_document_are_those_of_its_tokens(document):

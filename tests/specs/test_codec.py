@@ -1,5 +1,6 @@
 import json
 
+import datasets
 import pytest
 
 from qwenft.backends import EagerAttention, SdpaAttention
@@ -139,6 +140,35 @@ def test_rows_in_memory_are_written_beside_and_read_again(tmp_path):
     (written,) = tmp_path.iterdir()
     assert written.name == f"data-{data.source.digest[:16]}.jsonl"
     assert [json.loads(line) for line in written.read_bytes().split(b"\n")[:-1]] == ROWS
+
+
+def test_sources_of_every_kind_come_back(tmp_path):
+    """Names of the hub, mixed data with their own sources, and windows are read as they were written."""
+    hub = DataSpec.messages("organisation/chats", split="train[:5]", revision="v2").stream(window=7)
+    mixed = (
+        DataSpec.messages(ROWS).mix(DataSpec.text("notes.jsonl"), 0.25).mix(DataSpec.messages(ROWS[:1]), times=2)
+    )
+    for data in (hub, mixed):
+        assert round_trip(data, tmp_path) == data
+
+
+def test_an_iterable_data_set_is_not_saved(tmp_path):
+    """It is described, and refused where it would have to be found again."""
+    rows = datasets.IterableDataset.from_generator(lambda: iter(ROWS))
+    data = DataSpec.messages(rows).stream()
+    assert Codec(None).dump(data)["source"] == {"iterated": "rows of IterableDataset"}
+    with pytest.raises(
+        SpecError, match=r"rows of IterableDataset in memory cannot be found again.*\n  Fix: files, or"
+    ):
+        Codec(tmp_path).dump(data)
+
+
+@pytest.mark.parametrize("mixed", [3, [["notes.jsonl"]], [[{"format": "text", "source": ["a"]}, 0]]])
+def test_wrong_mixed_data_are_named(mixed):
+    """What is no pair of data and a number is refused by the field."""
+    value = {"format": "text", "source": ["a.jsonl"], "mixed": mixed}
+    with pytest.raises(SpecError, match=r"DataSpec\.mixed: expected pairs"):
+        Codec(None).load(value, DataSpec)
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):

@@ -286,9 +286,16 @@ ILL_TYPED = [
     (
         DataSpec,
         "source",
-        "a file, a list of them, a list of dicts or a Dataset",
+        "a file, a list of them, a list of dicts or a data set",
         [None, 5, {"messages": []}],
     ),
+    (
+        DataSpec,
+        "mixed",
+        "pairs of a DataSpec and a number above 0",
+        [None, (3,), (("notes.jsonl", 1.0),), ((DataSpec.text("a"), 0.0),), ((DataSpec.text("a"), "1"),)],
+    ),
+    (DataSpec, "window", "a whole number of at least 1 or None", [0, 1.5, "all"]),
     (
         DataSpec,
         "columns",

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import qwenft as qf
+from qwenft.data.stream import Batch, Place
 from qwenft.training.engine import Prepared
 from qwenft.training.interruption import Interruption
 from qwenft.training.loop import FINISHED, INTERRUPTED, STOPPED_EARLY
@@ -34,8 +35,8 @@ def test_evaluation_is_that_of_all_logits(dense_checkpoint):
     prepared.model.eval()
     losses, right = [], []
     with torch.no_grad():
-        for row in prepared.corpus.held_out.rows():
-            batch = prepared.corpus.held_out.batch(row)
+        for _, row in prepared.corpus.held_out.rows_from(Place()):
+            batch = Batch.from_documents(row)
             kept = batch.labels != -100
             logits = prepared.logits(batch)[kept]
             losses += torch.nn.functional.cross_entropy(logits, batch.labels[kept], reduction="none").tolist()

@@ -4,6 +4,7 @@ bit.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import datasets
 import pytest
 import torch
 
@@ -137,6 +139,47 @@ def test_a_run_that_stopped_early_is_over(dense_checkpoint, tmp_path):
     again = plan.train(tmp_path / "run", progress=False)
     assert again.ending == STOPPED_EARLY
     assert again.history == run.history
+
+
+def test_a_streamed_run_goes_on_in_the_middle_of_a_window(dense_checkpoint, tmp_path, order):
+    """Data that are read while training goes on are gone on with behind the last step, in the next epoch too."""
+    rows = tmp_path / "chats.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in chats()))
+    asked = recipe(dense_checkpoint, max_steps=9, adapter=LORA)
+    plan = asked.with_data(qf.DataSpec.messages(rows).with_max_length(128).pack().stream(window=8)).compile()
+    whole = plan.train(tmp_path / "whole", progress=False)
+    in_order = list(order)
+    assert whole.history[-1]["epoch"] == 1
+    order.clear()
+    for step in range(1, 9):
+
+        def stop(record, stop_at=step):
+            if record["step"] == stop_at:
+                interrupt(record)
+
+        assert plan.train(tmp_path / "parts", progress=False, on_step=stop).ending == INTERRUPTED
+    run = plan.train(tmp_path / "parts", progress=False)
+    assert order == in_order
+    assert_same(run, whole)
+    rows.write_text("".join(json.dumps(row) + "\n" for row in reversed(chats())))
+    with pytest.raises(qf.CheckpointError, match="is of another recipe"):
+        asked.with_data(plan.recipe.data).compile().train(tmp_path / "parts", progress=False)
+
+
+def test_an_iterable_data_set_trains(dense_checkpoint, tmp_path):
+    """A datasets.IterableDataset trains and goes on; its run folder holds no recipe, which the plan says."""
+    data = qf.DataSpec.messages(datasets.IterableDataset.from_generator(lambda: iter(chats()))).stream(window=8)
+    plan = recipe(dense_checkpoint, max_steps=6, adapter=LORA).with_data(data).compile()
+    assert "cannot be found again by a saved recipe; the run folder will hold no recipe.json" in plan.explain()
+    whole = plan.train(tmp_path / "whole", progress=False)
+
+    def stop(record):
+        if record["step"] == 3:
+            interrupt(record)
+
+    assert plan.train(tmp_path / "parts", progress=False, on_step=stop).ending == INTERRUPTED
+    assert_same(plan.train(tmp_path / "parts", progress=False), whole)
+    assert not (tmp_path / "parts" / "recipe.json").exists()
 
 
 def test_a_script_saves_and_loads_in_its_own_loop(dense_checkpoint, tmp_path):

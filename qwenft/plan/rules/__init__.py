@@ -32,6 +32,7 @@ RULES: tuple[Callable[[Draft], Iterator[Finding]], ...] = (
     attention.backend_from_network,
     run.recipe_is_kept,
     run.lengths_fit,
+    run.streaming,
     training.optimizer_fields,
     training.schedule_fields,
     training.learning_rates,

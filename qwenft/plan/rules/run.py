@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from qwenft.plan.findings import blocked, error, note
 from qwenft.specs.codec import cannot_be_saved
+from qwenft.specs.data import DataSpec
+from qwenft.specs.rows import IteratedRows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,6 +43,42 @@ def lengths_fit(draft: Draft) -> Iterator[Finding]:
         )
 
 
+def streaming(draft: Draft) -> Iterator[Finding]:
+    """What is read while training goes on has no end that is known, and nothing can be picked out of it."""
+    data = draft.data
+    if data is None:
+        return
+    parts = [("data.source", data), *((f"data.mixed[{n}]", other) for n, (other, _) in enumerate(data.mixed))]
+    if isinstance(data.held_out, DataSpec):
+        parts.append(("data.held_out", data.held_out))
+        if data.held_out.window is not None:
+            yield error("data.held_out", "is streamed, and evaluation reads all of it", "data without .stream()")
+    for place, part in parts:
+        if isinstance(part.source, IteratedRows) and data.window is None:
+            fix = ".stream()" if part is data else "files, or a datasets.Dataset"
+            yield error(place, f"{part.source} can only be gone through, not read before training", fix)
+    if data.window is None:
+        return
+    if draft.training.max_steps is None:
+        yield error(
+            "training.max_steps",
+            "the data are streamed, and how many steps an epoch has is not known before",
+            "TrainingSpec(max_steps=1000)",
+        )
+    if isinstance(data.held_out, float):
+        yield error(
+            "data.held_out",
+            f"a fraction of {data.held_out:g} cannot be picked out of streamed data",
+            '.hold_out(DataSpec.messages("held-out.jsonl"))',
+        )
+    if data.mixed:
+        yield error(
+            "data.mixed",
+            "data cannot be mixed into streamed ones, whose number is not known",
+            "datasets.interleave_datasets([...], probabilities=[...]) as their source, or no .stream()",
+        )
+
+
 def data_loss(draft: Draft) -> Iterator[Finding]:
     """Say what happens to long rows, before they are counted."""
     if draft.data is not None and draft.data.overflow != "error":
@@ -53,6 +91,8 @@ def recipe_is_kept(draft: Draft) -> Iterator[Finding]:
     named: dict[str, Any] = {f"attention.{slot.name}": slot.backend for slot in draft.slots}
     if not isinstance(draft.training.loss, str):
         named["training.loss"] = draft.training.loss
+    if draft.data is not None and isinstance(draft.data.source, IteratedRows):
+        named["data.source"] = draft.data.source
     for place, value in named.items():
         if (problem := cannot_be_saved(value)) is not None:
             yield note(place, f"{problem.problem}; the run folder will hold no recipe.json")

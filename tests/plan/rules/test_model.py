@@ -1,0 +1,195 @@
+"""The model, its precision, and what of it is trained."""
+
+import re
+
+import pytest
+
+from qwenft.family.architectures import FAMILY
+from qwenft.machine import Machine
+from qwenft.specs.adapter import AdapterSpec
+from qwenft.specs.model import ModelSpec
+
+from .helpers import GPU, found, one, recipe
+
+
+def test_a_tower_that_is_not_there(checkpoint):
+    """Asking a text-only checkpoint for its tower is an error, and leaving a tower on disk a note."""
+    text_only = checkpoint(FAMILY["qwen3.5-4b"].text_only())
+    with_tower = recipe(ModelSpec(text_only).with_vision())
+    assert re.search(r"has no vision tower\n     Fix: \.text_only\(\)$", one(with_tower, "model.vision"))
+    assert found(recipe(ModelSpec(text_only)), "model.vision") == []
+    assert found(recipe(ModelSpec(text_only)), "model.vision", "note") == []
+    left = one(recipe(), "model.vision", "note")
+    assert left == "model.vision: the vision tower is not loaded; exports keep it as it is"
+    assert found(recipe(ModelSpec("qwen3.5-4b").with_vision()), "model.vision", "note") == []
+
+
+def test_another_precision_than_stored():
+    """bfloat16 weights on a machine without bfloat16 are computed in float32, and the plan says so."""
+    slow = Machine("old laptop", "cpu", cores=2, host_bytes=2**33)
+    plan = recipe().compile(slow)
+    assert plan.draft.compute_dtype == "float32"
+    assert one(recipe(), "model.dtype", "note", slow) == (
+        "model.dtype: weights are stored in bfloat16 and computed in float32: "
+        "old laptop multiplies no bfloat16 in hardware"
+    )
+    assert found(recipe(), "model.dtype", "note", GPU) == []
+    assert found(recipe(ModelSpec("qwen3.5-4b", dtype="float32")), "model.dtype", "note", slow) == []
+
+
+@pytest.mark.parametrize(
+    ("adapter", "place"),
+    [
+        (AdapterSpec.lora().on("full_attention", "routed_experts"), "adapter.on"),
+        (AdapterSpec.full().freeze("routed_experts"), "adapter.freeze"),
+        (AdapterSpec.lora().with_rank(routed_experts=4), "adapter.with_rank"),
+    ],
+)
+def test_a_role_that_the_model_lacks(adapter, place):
+    """A role of another kind of model is an error with the roles that there are."""
+    text = one(recipe("qwen3.5-27b", adapter=adapter), place)
+    assert text.startswith(
+        f'{place}: "routed_experts" does not exist in qwen3.5-27b (dense). '
+        "Roles here: full_attention, linear_attention, linear_attention_gates, mlp, ",
+    )
+    assert "\n     Fix: .on('full_attention', 'linear_attention', " in text
+    assert found(recipe("qwen3.5-35b-a3b", adapter=adapter.on("routed_experts")), place) == []
+
+
+def test_a_dense_role_in_a_mixture_of_experts():
+    """The message names the kind of model."""
+    text = one(recipe("qwen3.5-35b-a3b", adapter=AdapterSpec.lora().on("mlp")), "adapter.on")
+    assert '"mlp" does not exist in qwen3.5-35b-a3b (mixture of experts)' in text
+    assert "Fix: .on('full_attention', 'linear_attention', 'shared_expert')" in text
+
+
+def test_a_role_that_is_not_loaded():
+    """A role of the tower needs the tower."""
+    adapter = AdapterSpec.lora().on("vision")
+    text = one(recipe(adapter=adapter), "adapter.on")
+    assert text == 'adapter.on: "vision" is not loaded\n     Fix: recipe.with_model(vision=True)'
+    assert found(recipe(ModelSpec("qwen3.5-4b").with_vision(), adapter=adapter), "adapter.on") == []
+
+
+def test_a_head_that_is_tied():
+    """A tied model has no head of its own."""
+    tied = next(name for name, row in FAMILY.items() if row.tied)
+    loose = next(name for name, row in FAMILY.items() if not row.tied)
+    adapter = AdapterSpec.full().on("lm_head")
+    assert "it is tied to the embeddings" in one(recipe(tied, adapter=adapter), "adapter.on")
+    assert found(recipe(loose, adapter=adapter), "adapter.on") == []
+
+
+@pytest.mark.parametrize(
+    ("adapter", "place", "text"),
+    [
+        (AdapterSpec.lora().freeze("mlp"), "adapter.freeze", "LoRA freezes every weight of the model already"),
+        (
+            AdapterSpec.full().with_target_modules("q_proj"),
+            "adapter.with_target_modules",
+            "full fine-tuning has no targets",
+        ),
+        (
+            AdapterSpec.full().with_target_parameters("gate"),
+            "adapter.with_target_modules",
+            "full fine-tuning has no targets",
+        ),
+        (AdapterSpec.full().with_rank(mlp=4), "adapter.with_rank", "full fine-tuning has no rank"),
+        (
+            AdapterSpec.lora().on("full_attention").with_rank(mlp=4),
+            "adapter.with_rank",
+            '"mlp" has a rank but is not adapted',
+        ),
+    ],
+)
+def test_a_field_of_the_adapter_that_would_do_nothing(adapter, place, text):
+    """No option is ignored: each that has no effect is an error with its remedy."""
+    message = one(recipe(adapter=adapter), place)
+    assert message.startswith(f"{place}: {text}\n     Fix: ")
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        AdapterSpec.full().freeze("mlp"),
+        AdapterSpec.full().on("mlp", "norms"),
+        AdapterSpec.lora().with_rank(mlp=4),
+        AdapterSpec.lora().on("full_attention").with_target_modules("mlp.up_proj").with_rank(mlp=4),
+        AdapterSpec.lora(dropout=0.1, dora=True),
+        AdapterSpec.lora().on("linear_attention_gates"),
+    ],
+)
+def test_an_adapter_whose_fields_all_count(adapter):
+    """Options that have an effect are no error."""
+    assert [f for f in recipe(adapter=adapter).compile(strict=False).findings if f.level == "error"] == []
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter", "place", "text"),
+    [
+        (
+            "qwen3.5-4b",
+            AdapterSpec.lora().with_target_modules("q_prj"),
+            "adapter.with_target_modules",
+            "'q_prj' matches no module",
+        ),
+        (
+            "qwen3.5-35b-a3b",
+            AdapterSpec.lora().with_target_parameters("mlp.gat.weight"),
+            "adapter.with_target_parameters",
+            "'mlp.gat.weight' matches no parameter",
+        ),
+        ("qwen3.5-4b", AdapterSpec.lora().on("norms"), "adapter.on", 'LoRA reaches nothing in "norms"'),
+    ],
+)
+def test_a_target_that_matches_nothing(model, adapter, place, text):
+    """Every suffix and role that is named must reach something."""
+    assert one(recipe(model, adapter=adapter), place).startswith(f"{place}: {text}\n     Fix: ")
+
+
+def test_targets_that_match():
+    """A suffix at a dot of a name, and the name of an expert stack or a router, are found."""
+    adapter = AdapterSpec.lora().with_target_modules("q_proj", "mlp.shared_expert.up_proj")
+    adapter = adapter.with_target_parameters("mlp.gate.weight", "experts.down_proj")
+    assert recipe("qwen3.5-35b-a3b", adapter=adapter).compile().trained_parameters > 0
+
+
+def test_nothing_is_trained():
+    """Freezing every role that is trained leaves nothing to do."""
+    adapter = AdapterSpec.full().on("mlp").freeze("mlp")
+    assert one(recipe(adapter=adapter), "adapter") == "adapter: nothing is trained\n     Fix: AdapterSpec.lora()"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "fix"),
+    [("dropout", 0.1, "dropout=0.0"), ("dora", True, "dora=False")],
+)
+def test_what_lora_cannot_do_on_bare_parameters(option, value, fix):
+    """Peft applies neither dropout nor DoRA to expert stacks and routers."""
+    adapter = AdapterSpec.lora(**{option: value})
+    bare = one(recipe("qwen3.5-35b-a3b", adapter=adapter.on("routed_experts", "router")), f"adapter.{option}")
+    assert f"peft has no {option} on bare parameters, and routed_experts, router holds such" in bare
+    assert bare.endswith(f"Fix: AdapterSpec.lora({fix})")
+    assert found(recipe("qwen3.5-35b-a3b", adapter=adapter), f"adapter.{option}") == []
+
+
+def test_lora_on_tied_embeddings():
+    """A LoRA on tied embeddings would leave the head behind."""
+    tied = next(name for name, row in FAMILY.items() if row.tied)
+    loose = next(name for name, row in FAMILY.items() if not row.tied)
+    adapter = AdapterSpec.lora().on("embeddings")
+    assert f'"embeddings" of {tied} would leave its tied head behind' in one(
+        recipe(tied, adapter=adapter),
+        "adapter.on",
+    )
+    assert found(recipe(loose, adapter=adapter), "adapter.on") == []
+    assert found(recipe(tied, adapter=AdapterSpec.full().on("embeddings")), "adapter.on") == []
+
+
+def test_what_is_not_adapted_is_told():
+    """A LoRA names the roles that it does not reach; full fine-tuning has no such note."""
+    text = one(recipe("qwen3.5-35b-a3b"), "adapter", "note")
+    assert text.startswith(
+        "adapter: not adapted: linear_attention_gates, routed_experts, router, embeddings, lm_head",
+    )
+    assert found(recipe("qwen3.5-35b-a3b", adapter=AdapterSpec.full()), "adapter", "note") == []
