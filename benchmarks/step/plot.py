@@ -26,7 +26,7 @@ def main() -> None:
     figure, panels = plt.subplots(1, 2, figsize=(8, 0.9 + 0.55 * len(results)), sharey=True, layout="constrained")
     labels = [
         f"{result['job']}, {result['threads']} thread{'s' * (result['threads'] > 1)}\n"
-        f"against {NAMES[result['against']]}"
+        f"against {NAMES[result['against']]}, {result['machine'].split()[-1]}"
         for result in results
     ]
     for panel, name, title in (

@@ -69,6 +69,8 @@ def test_windows_are_shuffled_by_seed_and_epoch(stream):
     assert order == [row for _, row in rows_of(stream())]
     assert order != [row for _, row in rows_of(stream(), Place(1))]
     assert order != [row for _, row in rows_of(stream(seed=4))]
+    alone = [row[0] for _, row in rows_of(stream(packed=False))]
+    assert [number % 16 for number in alone[:16]] != [number % 16 for number in alone[16:32]]
     numbers = list(itertools.chain(*order))
     assert numbers != sorted(numbers)
     assert [(number - 1) // 16 for number in numbers] == [(number - 1) // 16 for number in range(1, 51)]

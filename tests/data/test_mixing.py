@@ -62,6 +62,12 @@ def test_an_epoch_takes_a_document_so_many_times(read, encoder, times):
     assert set(total.values()) == {4 * times}
 
 
+def test_the_seed_decides_which_are_taken(read, encoder):
+    """Another seed takes another quarter of the documents in the first epoch."""
+    first = {frozenset(texts(encoder, read(CHATS.mix(NOTES, 0.25), seed=seed).train)) for seed in range(4)}
+    assert len(first) > 1
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(0.01, 4), min_size=1, max_size=4), st.integers(1, 9), st.integers(0, 3))
 def test_any_numbers_of_times(shares, count, seed):
@@ -90,10 +96,19 @@ def test_what_is_held_out_is_of_the_whole(read, encoder):
         assert not held & set(texts(encoder, corpus.train, epoch))
 
 
+def test_the_whole_says_how_long_documents_may_be(read):
+    """The length policy of the whole is that of every part."""
+    long = DataSpec.text([{"text": "word " * 90}])
+    assert read(CHATS.mix(long).with_max_length(64)).report.dropped == 1
+    assert read(CHATS.mix(long).with_max_length(64, "split")).report.split == 1
+
+
 def test_how_full_rows_are_counts_what_is_taken(read):
     """Rows that hold a document twice are as full as they are."""
-    report = read(CHATS.mix(NOTES, 4).with_max_length(32).pack()).report
-    assert 0.5 < report.fill <= 1
+    corpus = read(CHATS.mix(NOTES, 4).with_max_length(32).pack())
+    rows = [sum(map(len, row)) for _, row in corpus.train.rows_from(Place())]
+    assert corpus.report.fill == sum(rows) / (32 * len(rows))
+    assert corpus.report.tokens < sum(rows)
 
 
 def test_the_parts_of_one_another_are_told_apart(read):
