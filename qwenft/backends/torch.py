@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class TorchDeltaRule(LinearAttentionBackend):
-    """The chunked rule and the shifted convolution of :mod:`qwenft.kernels`."""
+    """The chunked rule and the short convolution of :mod:`qwenft.kernels`."""
 
     name = "torch"
     supports_packing = True
