@@ -44,6 +44,8 @@ CHANGED = {
     "data.thinking": PLAIN.with_data(thinking="mask"),
     "data.template": PLAIN.with_data(template={"enable_thinking": False, "documents": [{"a": 1}]}),
     "data.control_tokens": PLAIN.with_data(control_tokens="encode"),
+    "data.mixed": PLAIN.with_data(PLAIN.data.mix(DataSpec.text("notes.jsonl"), 0.5)),
+    "data.window": PLAIN.with_data(PLAIN.data.stream(window=7)),
     "data.bad_rows": PLAIN.with_data(bad_rows="skip"),
     "data.overlap": PLAIN.with_data(overflow="split", overlap=64),
     "data.max_length": PLAIN.with_data(max_length=100),
