@@ -23,9 +23,9 @@ from qwenft.plan.draft import Draft, Slot
 from qwenft.plan.findings import LEVELS, Finding, error
 from qwenft.plan.records import DataReport, StateBytes, state_bytes
 from qwenft.plan.rules import check
-from qwenft.specs.codec import Codec, cannot_be_saved
+from qwenft.plan.rules.run import unsaved
+from qwenft.specs.codec import Codec
 from qwenft.specs.data import DataSpec
-from qwenft.specs.rows import IteratedRows
 
 if TYPE_CHECKING:
     import os
@@ -389,12 +389,7 @@ class TrainingPlan:
     @property
     def is_saved_whole(self) -> bool:
         """Whether a saved recipe can be loaded again: nothing in it is defined where it could not be found."""
-        loss = self.recipe.training.loss
-        named: list[Any] = [slot.backend for slot in self.draft.slots]
-        named += [] if isinstance(loss, str) else [loss]
-        if self.recipe.data is not None and isinstance(self.recipe.data.source, IteratedRows):
-            named.append(self.recipe.data.source)
-        return all(cannot_be_saved(value) is None for value in named)
+        return not any(True for _ in unsaved(self.draft))
 
     @cached_property
     def identity(self) -> dict[str, Any]:

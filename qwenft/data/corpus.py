@@ -64,6 +64,7 @@ def read_corpus(data: DataSpec, training: TrainingSpec, encoder: ChatEncoder) ->
         documents, held_out = _split(documents, data.held_out, training.seed)
     train = MapStream(documents, **options)
     rows = train.rows()
+    steps = [train.step_count(epoch) for epoch in range(training.epochs or 1)]
     tokens = sum(train.lengths)
     taken = sum(train.lengths[document] for row in rows for document in row)
     report = DataReport(
@@ -84,9 +85,9 @@ def read_corpus(data: DataSpec, training: TrainingSpec, encoder: ChatEncoder) ->
         cache=counts.cache,
         stream_rows=len(rows),
         fill=taken / (len(rows) * data.capacity),
-        steps_per_epoch=train.step_count(),
+        steps_per_epoch=steps[0],
         # Epochs see other rows, and may need a step more or less.
-        steps=training.max_steps or sum(train.step_count(epoch) for epoch in range(training.epochs or 1)),
+        steps=training.max_steps or sum(steps),
         window=data.window,
         held_out=len(held_out),
         held_out_supervised=sum(document.supervised for document in held_out),

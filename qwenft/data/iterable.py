@@ -41,13 +41,12 @@ class IterableStream(Stream):
         Raises:
             DataError: a row is wrong and not skipped, or the source gives other rows before the place than it did.
         """
-        counts = Counts()
-        source = self._source(counts)
+        source = self._source(Counts())
         source.skip_to(place)
         done = place.row
         while True:
             before = source.place(place.epoch)
-            documents = self._documents(source, counts)
+            documents = self._documents(source, Counts())
             if source.read == before.read:
                 return
             seed = 1_000_003 * (1_000_003 * self.seed + place.epoch) + before.read

@@ -57,7 +57,7 @@ def read_rows(data: DataSpec, on_bad_row: BadRow | None = None) -> Iterator[Row]
         DataError: a file is missing, changes while it is read or holds no row, or a row is no mapping; the error
             names file and row.
     """
-    source = data.source
+    source = resolved(data).source
     if isinstance(source, tuple):
         for path in files_of(data):
             yield from _file_rows(path, on_bad_row or _raise)
@@ -92,16 +92,12 @@ def _hub_rows(source: HubRows, *, streamed: bool) -> Any:
     try:
         return datasets.load_dataset(source.name, split=source.split, revision=source.revision, streaming=streamed)
     except Exception as error:  # datasets raises errors of many libraries
-        raise _of_hub(source, error) from error
-
-
-def _of_hub(source: HubRows, error: Exception) -> DataError:
-    return DataError(
-        f"{source}: cannot be loaded: {type(error).__name__}: {error}",
-        fix='the id of a data set that you may read, and one of its splits: ("organisation/name", split="train")',
-        file=str(source),
-        row=None,
-    )
+        raise DataError(
+            f"{source}: cannot be loaded: {type(error).__name__}: {error}",
+            fix='the id of a data set that you may read, and a split of it: ("organisation/name", split="train")',
+            file=str(source),
+            row=None,
+        ) from error
 
 
 def files_of(data: DataSpec) -> list[Path]:
@@ -178,7 +174,7 @@ def _iterated(rows: Any, name: str) -> Iterator[Any]:
         yield from rows
     except OSError as error:
         raise DataError(
-            f"{name}: cannot be read: {error}", fix="a data set that can", file=None, row=None
+            f"{name}: cannot be read: {error}", fix="a data set that can be read", file=None, row=None
         ) from error
 
 

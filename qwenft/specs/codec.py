@@ -17,8 +17,8 @@ from cattrs.gen import make_dict_structure_fn
 from qwenft.capabilities import AttentionBackend, Backend, LinearAttentionBackend
 from qwenft.errors import CheckpointError, QwenftError, SpecError
 from qwenft.specs.base import refuse_renamed
-from qwenft.specs.data import DataSpec, Source
-from qwenft.specs.rows import HubRows, IteratedRows, Rows
+from qwenft.specs.data import DataSpec
+from qwenft.specs.rows import HubRows, IteratedRows, Rows, Source
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ import attrs
 from qwenft.errors import SpecError, nearest
 from qwenft.specs.base import Check, flag, one_of, spec, whole
 from qwenft.specs.model import ModelSpec
-from qwenft.specs.rows import HubRows, IteratedRows, Rows, is_dataset, is_iterable_dataset
+from qwenft.specs.rows import Source, hub_source, source_of
 
 if TYPE_CHECKING:
     from qwenft.reports.data import Description, Preview
@@ -34,44 +33,6 @@ FORMATS: dict[str, dict[str, str]] = {
 }
 ROLES = ("system", "user", "assistant", "tool")
 OVERFLOWS = ("drop", "truncate", "split", "error")
-
-
-Source = tuple[str, ...] | Rows | HubRows | IteratedRows
-
-
-def _source(value: Any) -> Source:
-    """Files as a tuple of paths, or rows."""
-    if isinstance(value, Rows | HubRows | IteratedRows):
-        return value
-    if isinstance(value, str | os.PathLike):
-        return (os.fspath(value),)
-    if isinstance(value, list | tuple) and value and all(isinstance(v, str | os.PathLike) for v in value):
-        return tuple(os.fspath(path) for path in value)
-    if isinstance(value, list | tuple) or is_dataset(value):
-        return Rows(value)
-    if is_iterable_dataset(value):
-        return IteratedRows(value)
-    raise SpecError(
-        f"DataSpec.source: expected a file, a list of them, a list of dicts or a data set, got {value!r}",
-        fix='DataSpec.messages("chats.jsonl")',
-        field="source",
-        got=value,
-    )
-
-
-def _of_hub(source: Any, split: str | None, revision: str | None) -> Any:
-    """A source, which is a data set's name where a split or a revision is given."""
-    if split is None and revision is None:
-        return source
-    if not isinstance(source, str | os.PathLike) or not isinstance(split, str):
-        raise SpecError(
-            f"split={split!r}, revision={revision!r}: expected the name of a data set and of a split, "
-            f"got {source!r}",
-            fix='DataSpec.messages("organisation/name", split="train")',
-            field="source",
-            got=source,
-        )
-    return HubRows(os.fspath(source), split, revision)
 
 
 def _is_holdout(value: Any) -> bool:
@@ -144,7 +105,7 @@ class DataSpec:
     """
 
     format: str = attrs.field(kw_only=True, validator=one_of(tuple(FORMATS), 'DataSpec.messages("chats.jsonl")'))
-    source: Source = attrs.field(kw_only=True, converter=_source)
+    source: Source = attrs.field(kw_only=True, converter=source_of)
     columns: tuple[tuple[str, str], ...] = attrs.field(
         default=(),
         kw_only=True,
@@ -229,7 +190,7 @@ class DataSpec:
             >>> DataSpec.messages("chats.jsonl").with_max_length(1024).pack().packed
             True
         """
-        return cls(format="messages", source=_of_hub(source, split, revision))
+        return cls(format="messages", source=hub_source(source, split, revision))
 
     @classmethod
     def conversations(cls, source: Any, split: str | None = None, revision: str | None = None) -> DataSpec:
@@ -237,22 +198,22 @@ class DataSpec:
 
         A column ``system`` that is not empty goes before them, and ``tools`` holds the JSON schemas of the tools.
         """
-        return cls(format="conversations", source=_of_hub(source, split, revision))
+        return cls(format="conversations", source=hub_source(source, split, revision))
 
     @classmethod
     def prompt_completion(cls, source: Any, split: str | None = None, revision: str | None = None) -> DataSpec:
         """Rows with a ``prompt`` and a ``completion``, which is trained: texts or lists of messages."""
-        return cls(format="prompt_completion", source=_of_hub(source, split, revision))
+        return cls(format="prompt_completion", source=hub_source(source, split, revision))
 
     @classmethod
     def alpaca(cls, source: Any, split: str | None = None, revision: str | None = None) -> DataSpec:
         """Rows with an ``instruction``, an ``output``, and an ``input`` and a ``system`` that may be empty."""
-        return cls(format="alpaca", source=_of_hub(source, split, revision))
+        return cls(format="alpaca", source=hub_source(source, split, revision))
 
     @classmethod
     def text(cls, source: Any, split: str | None = None, revision: str | None = None) -> DataSpec:
         """Rows with a ``text``, which is trained whole, without a chat template, and ends with the end of text."""
-        return cls(format="text", source=_of_hub(source, split, revision))
+        return cls(format="text", source=hub_source(source, split, revision))
 
     def with_columns(self, **names: str) -> DataSpec:
         """Say which columns, or keys of a message, hold what the format reads: ``messages="dialogue"``."""

@@ -1,9 +1,10 @@
-"""Rows that lie in no file of their own: in memory, in a data set object, or on the hub."""
+"""Where rows come from: files, memory, a data set object, or the hub."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -101,6 +102,44 @@ class IteratedRows:
 
     def __str__(self) -> str:
         return f"rows of {type(self.rows).__name__}"
+
+
+Source = tuple[str, ...] | Rows | HubRows | IteratedRows
+
+
+def source_of(value: Any) -> Source:
+    """Files as a tuple of paths, or rows."""
+    if isinstance(value, Rows | HubRows | IteratedRows):
+        return value
+    if isinstance(value, str | os.PathLike):
+        return (os.fspath(value),)
+    if isinstance(value, list | tuple) and value and all(isinstance(v, str | os.PathLike) for v in value):
+        return tuple(os.fspath(path) for path in value)
+    if isinstance(value, list | tuple) or is_dataset(value):
+        return Rows(value)
+    if is_iterable_dataset(value):
+        return IteratedRows(value)
+    raise SpecError(
+        f"DataSpec.source: expected a file, a list of them, a list of dicts or a data set, got {value!r}",
+        fix='DataSpec.messages("chats.jsonl")',
+        field="source",
+        got=value,
+    )
+
+
+def hub_source(source: Any, split: str | None, revision: str | None) -> Any:
+    """A source, which is a data set's name where a split or a revision is given."""
+    if split is None and revision is None:
+        return source
+    if not isinstance(source, str | os.PathLike) or not isinstance(split, str):
+        raise SpecError(
+            f"split={split!r}, revision={revision!r}: expected the name of a data set and of a split, "
+            f"got {source!r}",
+            fix='DataSpec.messages("organisation/name", split="train")',
+            field="source",
+            got=source,
+        )
+    return HubRows(os.fspath(source), split, revision)
 
 
 def is_dataset(value: Any) -> bool:

@@ -8,7 +8,7 @@ import pytest
 
 from qwenft.data.corpus import read_corpus
 from qwenft.data.iterable import IterableStream
-from qwenft.data.sources import check_head
+from qwenft.data.sources import check_head, read_rows
 from qwenft.data.stream import Place
 from qwenft.errors import DataError
 from qwenft.specs.data import DataSpec
@@ -163,6 +163,7 @@ def test_data_sets_of_a_folder_or_the_hub(tmp_path, read, monkeypatch):
     datasets.Dataset.from_list(ROWS[20:]).to_json(str(tmp_path / "test.jsonl"))
     data = DataSpec.messages(str(tmp_path), split="train[:10]")
     check_head(data)
+    assert len(list(read_rows(data))) == 10  # as a preview reads it
     corpus = read(data)
     assert corpus.report.documents == 10
     assert {document.file for document in corpus.train.documents} == {f"{tmp_path}, train[:10]"}

@@ -111,10 +111,12 @@ def test_how_full_rows_are_counts_what_is_taken(read):
     assert corpus.report.tokens < sum(rows)
 
 
-def test_the_parts_of_one_another_are_told_apart(read):
+def test_the_parts_of_one_another_are_told_apart(read, tmp_path):
     """A wrong row of mixed data is named with its source."""
-    with pytest.raises(DataError, match=r"rows in memory, row 1: "):
-        read(CHATS.mix(DataSpec.text([{"words": "x"}])))
+    path = tmp_path / "notes.jsonl"
+    path.write_text('{"words": "x"}\n')
+    with pytest.raises(DataError, match=r"notes\.jsonl, row 1: "):
+        read(CHATS.mix(DataSpec.text(path)))
 
 
 @pytest.mark.parametrize(

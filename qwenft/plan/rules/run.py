@@ -12,6 +12,7 @@ from qwenft.specs.rows import IteratedRows
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from qwenft.errors import SpecError
     from qwenft.plan.draft import Draft
     from qwenft.plan.findings import Finding
 
@@ -86,8 +87,8 @@ def data_loss(draft: Draft) -> Iterator[Finding]:
         yield note("data.overflow", f"rows longer than {draft.data.max_length:,} tokens are {verb} and counted")
 
 
-def recipe_is_kept(draft: Draft) -> Iterator[Finding]:
-    """Say where a run will not hold a recipe that can be loaded."""
+def unsaved(draft: Draft) -> Iterator[tuple[str, SpecError]]:
+    """The places of a recipe that a file cannot hold, and why."""
     named: dict[str, Any] = {f"attention.{slot.name}": slot.backend for slot in draft.slots}
     if not isinstance(draft.training.loss, str):
         named["training.loss"] = draft.training.loss
@@ -95,7 +96,13 @@ def recipe_is_kept(draft: Draft) -> Iterator[Finding]:
         named["data.source"] = draft.data.source
     for place, value in named.items():
         if (problem := cannot_be_saved(value)) is not None:
-            yield note(place, f"{problem.problem}; the run folder will hold no recipe.json")
+            yield place, problem
+
+
+def recipe_is_kept(draft: Draft) -> Iterator[Finding]:
+    """Say where a run will not hold a recipe that can be loaded."""
+    for place, problem in unsaved(draft):
+        yield note(place, f"{problem.problem}; the run folder will hold no recipe.json")
 
 
 def can_run_here(draft: Draft) -> Iterator[Finding]:
