@@ -41,7 +41,7 @@ class IterableStream(Stream):
         Raises:
             DataError: a row is wrong and not skipped, or the source gives other rows before the place than it did.
         """
-        source = self._source(Counts())
+        source = self._source(self._skipped)
         source.skip_to(place)
         done = place.row
         while True:
@@ -61,10 +61,10 @@ class IterableStream(Stream):
 
     def first(self, counts: Counts) -> list[Document]:
         """The documents of the first window, counted."""
-        return self._documents(self._source(counts), counts)
+        return self._documents(self._source(counts.skipped), counts)
 
-    def _source(self, counts: Counts) -> _Watched:
-        return _Watched(self.data, counts.skipped if self.data.bad_rows == "skip" else None)
+    def _source(self, skipped: list[DataError]) -> _Watched:
+        return _Watched(self.data, skipped if self.data.bad_rows == "skip" else None)
 
     def _documents(self, source: _Watched, counts: Counts) -> list[Document]:
         window = list(itertools.islice(source, self.data.window))

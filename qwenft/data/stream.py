@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from qwenft.data.document import Document
+    from qwenft.errors import DataError
 
 
 @attrs.frozen
@@ -144,6 +145,13 @@ class Stream(ABC):
         self.seed = seed
         self.rank = rank
         self.ranks = ranks
+        self._skipped: list[DataError] = []
+
+    def take_skipped(self) -> list[DataError]:
+        """The errors of rows that were read and left out since this was last asked."""
+        taken = self._skipped[:]
+        self._skipped.clear()
+        return taken
 
     @abstractmethod
     def rows_from(self, place: Place) -> Iterator[tuple[Place, list[Document]]]:

@@ -17,7 +17,7 @@ from qwenft.errors import CheckpointError
 from qwenft.specs.codec import write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 _LIBRARIES = ("qwenft", "torch", "transformers", "peft", "bitsandbytes", "datasets", "tokenizers", "safetensors")
@@ -144,6 +144,15 @@ class RunFolder:
         """Add a line to a file of JSON lines."""
         with (self.path / name).open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+    def list_skipped(self, errors: Iterable[str]) -> None:
+        """Add the errors of rows that are left out to ``skipped.jsonl``, each once."""
+        new = dict.fromkeys(errors)
+        if new and (path := self.path / "skipped.jsonl").exists():
+            for line in _whole_lines(path):
+                new.pop(line["error"], None)
+        for error in new:
+            self.append("skipped.jsonl", {"error": error})
 
     def flush(self) -> None:
         """Wait until the metrics are on the disk: a checkpoint must not outlive its history."""

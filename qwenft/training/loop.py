@@ -67,6 +67,7 @@ def train(
     course = _Course(prepared, folder, history, listeners)
     if not history and (before := course.evaluation(0)):
         course.record({"step": 0, **before})
+    folder.list_skipped(prepared.corpus.report.skipped)
     with Interruption(listeners.on_notice) as interruption:
         for epoch, batches in prepared.remaining():
             if course.is_exhausted():
@@ -83,6 +84,7 @@ def train(
                 "peak_bytes": peak_bytes(prepared.device),
                 "state_bytes": state_bytes,
             }
+            folder.list_skipped(map(str, prepared.corpus.train.take_skipped()))
             course.record({**values, **course.evaluation(result.step)})
             if interruption.signal or course.is_saved(result.step) or course.is_exhausted():
                 course.save(result.step)

@@ -166,6 +166,30 @@ def test_a_streamed_run_goes_on_in_the_middle_of_a_window(dense_checkpoint, tmp_
         asked.with_data(plan.recipe.data).compile().train(tmp_path / "parts", progress=False)
 
 
+def test_rows_that_are_left_out_are_listed_once(dense_checkpoint, tmp_path):
+    """Those of every window, and of data that are all read before, wherever the run was stopped."""
+    rows = chats()
+    for place in (2, 11, 19):
+        rows.insert(place, {"messages": "none"})
+    data = qf.DataSpec.messages(rows).on_bad_row("skip").with_max_length(128)
+    asked = recipe(dense_checkpoint, max_steps=26, adapter=LORA)
+    streamed = qf.DataSpec.messages(datasets.IterableDataset.from_generator(lambda: iter(rows)))
+    plan = asked.with_data(streamed.on_bad_row("skip").with_max_length(128).stream(window=8)).compile()
+    for step in (7, 9, 17, 22):
+
+        def stop(record, stop_at=step):
+            if record["step"] == stop_at:
+                interrupt(record)
+
+        assert plan.train(tmp_path / "streamed", progress=False, on_step=stop).ending == INTERRUPTED
+    plan.train(tmp_path / "streamed", progress=False)
+    asked.with_data(data).compile().train(tmp_path / "whole", progress=False)
+    for name in ("streamed", "whole"):
+        lines = [json.loads(line) for line in (tmp_path / name / "skipped.jsonl").read_text().splitlines()]
+        places = [line["error"].partition(":")[0].rpartition(" ")[2] for line in lines]
+        assert places == ["3", "12", "20"], name
+
+
 def test_an_iterable_data_set_trains(dense_checkpoint, tmp_path):
     """A datasets.IterableDataset trains and goes on; its run folder holds no recipe, which the plan says."""
     data = qf.DataSpec.messages(datasets.IterableDataset.from_generator(lambda: iter(chats()))).stream(window=8)
