@@ -102,13 +102,19 @@ class Run:
 
         return answer(self.prepared.model, self.prepared.tokenizer, messages, max_new_tokens, base=base, **options)
 
-    def export(self, path: str | Path) -> Path:
+    def export(self, path: str | Path, *, base: str = "checkpoint") -> Path:
         """Write the original checkpoint with what was learned merged in, for plain transformers.
 
+        Args:
+            path: a new or empty folder.
+            base: what it is merged into where the run's weights are quantized: those of the "checkpoint", or the
+                "dequantized" ones, with which the result computes what the run did.
+
         Raises:
-            CheckpointError: the place is taken, or cannot be written.
+            CheckpointError: the place is taken, or cannot be written; the checkpoint holds quantized weights alone.
+            SpecError: no such base.
         """
-        return self.plan.export(self.prepared.model, Path(path))
+        return self.plan.export(self.prepared.model, Path(path), base)
 
     def plot(self) -> Any:
         """The loss over the steps, as a matplotlib figure."""

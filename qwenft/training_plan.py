@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,11 @@ import attrs
 from qwenft import backends
 from qwenft.capabilities import AttentionProblem, LinearAttentionProblem
 from qwenft.data.sources import check_head
-from qwenft.errors import DataError, PlanError, SpecError
+from qwenft.errors import CheckpointError, DataError, PlanError, SpecError, nearest
 from qwenft.family.inventory import role_of
 from qwenft.machine import Machine
 from qwenft.models.checkpoint import architecture_of, checkpoint_folder, has_weights
+from qwenft.models.weights import storage_of
 from qwenft.plan.choice import Choice, choose
 from qwenft.plan.coverage import CoverageRow, coverage, trained_weights
 from qwenft.plan.draft import Draft, Slot
@@ -24,17 +26,18 @@ from qwenft.plan.findings import LEVELS, Finding, error
 from qwenft.plan.records import DataReport, StateBytes, state_bytes
 from qwenft.plan.rules import check
 from qwenft.plan.rules.run import unsaved
+from qwenft.plan.storage import Storage, StorageRow, storage_rows
 from qwenft.specs.codec import Codec
 from qwenft.specs.data import DataSpec
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable
 
     from qwenft.comparison import Verification
     from qwenft.data.stream import Stream
     from qwenft.recipe import Recipe
     from qwenft.run import Run
+    from qwenft.specs.model import ModelSpec
     from qwenft.training.engine import Prepared
 
 
@@ -55,6 +58,7 @@ def compile_recipe(recipe: Recipe, machine: Machine | None, *, strict: bool) -> 
         training=recipe.training,
         checkpoint=checkpoint,
         architecture=loaded,
+        storage=storage_of(recipe.model, loaded),
         has_weights=has_weights(recipe.model),
         machine=machine,
         here=machine == here,
@@ -172,7 +176,12 @@ class TrainingPlan:
     def state(self) -> StateBytes:
         """The bytes of weights, gradients and optimizer."""
         recipe = self.recipe
-        return state_bytes(self.draft.architecture, recipe.adapter, recipe.training, recipe.model.dtype)
+        return state_bytes(self.draft.architecture, recipe.adapter, recipe.training, self.draft.storage)
+
+    @property
+    def storage(self) -> tuple[StorageRow, ...]:
+        """How the weights of each role are held, and the bytes that takes; those that are trained included."""
+        return storage_rows(self.draft.architecture, self.draft.storage)
 
     @property
     def fingerprint(self) -> str:
@@ -236,7 +245,7 @@ class TrainingPlan:
             adapter=self.recipe.adapter,
             training=self.recipe.training,
             backends=self.draft.backends,
-            dtype=self.recipe.model.dtype,
+            storage=self.draft.storage,
             compute_dtype=self.draft.compute_dtype,
             device=self.machine.device,
             source=self.recipe.model.source,
@@ -313,14 +322,52 @@ class TrainingPlan:
         found = prepared.evaluate(stream)
         return {"loss": found.loss, "perplexity": found.perplexity, "accuracy": found.accuracy}
 
-    def export(self, model: Any, path: Path) -> Path:
+    def export(self, model: Any, path: Path, base: str = "checkpoint") -> Path:
         """Write the merged checkpoint; see :meth:`qwenft.run.Run.export`."""
         from qwenft.models.export import write_merged
         from qwenft.training.folder import new_folder
 
+        storage, bases = self.draft.storage, ("checkpoint", "dequantized")
+        if base not in bases:
+            problem = f"export(base={base!r}): expected one of {', '.join(bases)}{nearest(base, bases)}"
+            raise SpecError(problem, fix='base="checkpoint"', got=base, expected=bases)
+        if storage.stored and base == "checkpoint":
+            raise CheckpointError(
+                f"{self._folder} is quantized itself: it holds no weights of 16 bits to merge into",
+                fix='export(path, base="dequantized"), or a run from the checkpoint that it was made of',
+                path=path,
+            )
         with new_folder(path) as folder:
-            write_merged(model, self._folder, folder, tied=self.draft.checkpoint.tied)
+            dequantized = base == "dequantized"
+            write_merged(model, self._folder, folder, tied=self.draft.checkpoint.tied, dequantized=dequantized)
         return path
+
+    def save_quantized(self, path: str | os.PathLike[str]) -> ModelSpec:
+        """Write the whole checkpoint with its weights quantized: runs start from it without the original.
+
+        Weights are quantized one by one; what is not quantized is copied, a tower and ``mtp.*`` too.
+
+        Args:
+            path: a new or empty folder; it is there whole, or not at all.
+
+        Returns:
+            The spec of the copy.
+
+        Raises:
+            PlanError: the recipe quantizes nothing, or its checkpoint is quantized already.
+            CheckpointError: the checkpoint cannot be read, or the folder not be written.
+        """
+        from qwenft.models.quantize import write_quantized
+        from qwenft.training.folder import new_folder
+
+        model, held = self.recipe.model, self.draft.storage
+        if held.kind is None or held.stored:
+            problem = "the checkpoint is quantized already" if held.stored else "nothing is quantized"
+            raise PlanError([error("model.quantize", problem, 'recipe.with_model(model.quantize("nf4"))')])
+        with new_folder(Path(path)) as folder:
+            checkpoint = self.draft.checkpoint
+            write_quantized(self._folder, folder, checkpoint, Storage.of(model, checkpoint))
+        return attrs.evolve(model, source=os.fspath(path), revision=None, quantization=None)
 
     def summary(self) -> dict[str, Any]:
         """The plan as a JSON value."""
@@ -334,6 +381,7 @@ class TrainingPlan:
             "coverage": [attrs.asdict(row) for row in self.coverage],
             "trained_parameters": self.trained_parameters,
             "state_bytes": attrs.asdict(self.state),
+            "storage": [attrs.asdict(row) for row in self.storage],
             "data": attrs.asdict(self.data) if self.data_is_known else None,
             "identity": self.identity if self.data_is_known else None,
             "findings": [attrs.asdict(finding) for finding in self.findings],

@@ -25,6 +25,8 @@ _TEXT_ROOT = "model.language_model."
 _TEXT_ROOT_ALONE = "model."
 _VISION_ROOT = "model.visual."
 _ROUTER = "mlp.gate"
+#: What checkpoints hold in float32: rounding it hurts, and transformers keeps no list of its own for this family.
+FLOAT32 = ("linear_attn.A_log", "linear_attn.dt_bias", "linear_attn.norm")
 
 
 @attrs.frozen
@@ -74,6 +76,11 @@ class Weight:
         "embed_tokens", "merger.linear_fc1".
         """
         return self.module.removeprefix(_TEXT_ROOT).removeprefix(_VISION_ROOT)
+
+    @property
+    def is_float32(self) -> bool:
+        """Whether it is float32 in whatever dtype the model is held."""
+        return f"{self.module}.{self.parameter}".startswith(FLOAT32)
 
     @property
     def lora_target(self) -> Target | None:

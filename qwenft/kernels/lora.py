@@ -7,16 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwenft.kernels.quantized import dense
+
 
 def lora_product(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """``x @ weight.T + scaling * (x @ a.T) @ b.T``, in x's dtype, whatever dtypes the others are stored in.
+    """``x @ weight.T + scaling * (x @ a.T) @ b.T``, in x's dtype, whatever the others are stored in.
 
     The low-rank part is added inside the products, so that nothing as large as the output is made for it, and
     backward keeps x, and the few columns of ``scaling * x @ a.T``. The weight gets no gradient.
 
     Args:
         x: [..., I].
-        weight: [O, I], frozen.
+        weight: [O, I], frozen; quantized, it is packed and has the shape of that.
         a: [r, I].
         b: [O, r].
         scaling: of the low-rank part.
@@ -39,20 +41,21 @@ class _LoraProduct(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         reduced = _scaled_product(rows, a.to(x.dtype).T, scaling)
-        ctx.save_for_backward(x, reduced, weight, a, b)
-        ctx.scaling = scaling
-        y = rows @ weight.to(x.dtype).T
+        ctx.save_for_backward(x, reduced, a, b)
+        # Held by its module in any case; what is saved loses the scales of a quantized weight to hooks.
+        ctx.weight, ctx.scaling = weight, scaling
+        y = rows @ dense(weight, x.dtype).T
         y.addmm_(reduced, b.to(x.dtype).T)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, reduced, weight, a, b = ctx.saved_tensors
+        x, reduced, a, b = ctx.saved_tensors
         rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         grad_reduced = _scaled_product(grad, b.to(grad.dtype), ctx.scaling)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight.to(grad.dtype)
+            grad_x = grad @ dense(ctx.weight, grad.dtype)
             grad_x = grad_x.addmm_(grad_reduced, a.to(grad.dtype)).view_as(x)
         grad_a = grad_reduced.T @ rows if ctx.needs_input_grad[2] else None
         grad_b = grad.T @ reduced if ctx.needs_input_grad[3] else None

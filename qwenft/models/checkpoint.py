@@ -14,6 +14,8 @@ from qwenft.family.architectures import FAMILY, Architecture, find
 if TYPE_CHECKING:
     from qwenft.specs.model import ModelSpec
 
+#: The file that says which tensor is in which file.
+INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 _SAMPLES = 64
@@ -35,8 +37,25 @@ def architecture_of(model: ModelSpec) -> Architecture:
     if packaged is not None:
         return packaged
     _require_hub_id(model.source)
-    path = _download(model, lambda hub: hub.hf_hub_download(model.source, "config.json", revision=model.revision))
-    return Architecture.from_config(_read_config(path), name=model.source, hub_id=model.source)
+    return Architecture.from_config(
+        _read_config(_downloaded_config(model)), name=model.source, hub_id=model.source
+    )
+
+
+def quantization_of(model: ModelSpec) -> dict[str, Any] | None:
+    """What a checkpoint's config.json says of how its weights are quantized already; None where they are not.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    if Path(model.source).is_dir():
+        path = Path(model.source) / "config.json"
+    elif find(model.source) is None:
+        path = _downloaded_config(model)
+    else:
+        return None
+    found = _read_config(path).get("quantization_config")
+    return found if isinstance(found, dict) else None
 
 
 def has_weights(model: ModelSpec) -> bool:
@@ -65,7 +84,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: an index names a file that is missing.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if not index.exists():
         return [folder / "model.safetensors"]
     try:
@@ -99,7 +118,7 @@ def weight_digests(folder: Path) -> dict[str, str]:
 
 
 def _require_weights(folder: Path) -> None:
-    for names in (("config.json",), ("model.safetensors", "model.safetensors.index.json")):
+    for names in (("config.json",), ("model.safetensors", INDEX)):
         if not any((folder / name).exists() for name in names):
             raise CheckpointError(
                 f"{folder} is no checkpoint: it holds no {' or '.join(names)}", fix=_FIX, path=folder
@@ -120,6 +139,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected a JSON object", fix=_FIX, path=path)
     return config
+
+
+def _downloaded_config(model: ModelSpec) -> Path:
+    return _download(model, lambda hub: hub.hf_hub_download(model.source, "config.json", revision=model.revision))
 
 
 def _download(model: ModelSpec, call: Any) -> Path:

@@ -2,52 +2,80 @@
 
 from __future__ import annotations
 
-import re
+import json
 import shutil
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import attrs
+import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from qwenft.errors import CheckpointError
+from qwenft.kernels.quantized import dense, dense_experts, is_quantized
 from qwenft.models.bind import causal_of
-from qwenft.models.checkpoint import weight_files
+from qwenft.models.checkpoint import INDEX, weight_files
+from qwenft.models.lora import LoraExperts
+from qwenft.models.weights import canonical, expert_part, is_quantization_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
 
-_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+@attrs.frozen
+class _Part:
+    """Of a parameter in memory, what a tensor of a file is: all of it, an expert, or half of one."""
+
+    expert: int | None = None
+    half: int | None = None
+
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        """The part of a weight [E, O, ...]."""
+        if self.expert is None:
+            return weight
+        one = weight[self.expert]
+        return one if self.half is None else one.chunk(2, dim=0)[self.half]
 
 
-def write_merged(model: Any, source: Path, folder: Path, *, tied: bool) -> None:
-    """Write a whole checkpoint into an empty folder: trained tensors replaced, all others copied.
+def write_merged(model: Any, source: Path, folder: Path, *, tied: bool, dequantized: bool) -> None:
+    """Write a whole checkpoint into an empty folder: what was learned merged in, all other tensors copied.
 
-    Tensors keep the dtype that the source stores them in; towers that were not loaded and `mtp.*` are copied.
+    Tensors keep the dtype that the source stores them in, and sums are made in float32; towers that were not
+    loaded and ``mtp.*`` are copied. What the source itself holds quantized is written in bfloat16.
 
     Args:
         model: trained, with or without LoRA; it is left as it is.
         source: the folder of the base checkpoint.
         folder: exists.
         tied: the output head is the embedding.
+        dequantized: merge into the weights that the run computed with, where these are quantized.
 
     Raises:
         CheckpointError: a trained tensor has no place in the source.
     """
     learned = dict(_learned(model))
+    computed = dict(_quantized(model)) if dequantized else {}
     placed: set[str] = set()
     for file in weight_files(source):
         with safe_open(file, framework="pt") as tensors:
             merged = {}
             for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                key, select = _origin(_canonical(name), tied=tied)
-                merged[name] = tensors.get_tensor(name)
+                if is_quantization_state(name):
+                    continue
+                key, part = _origin(canonical(name), tied=tied)
+                tensor = tensors.get_tensor(name)
+                dtype = tensor.dtype if tensor.dtype.is_floating_point else torch.bfloat16
+                if key in computed:
+                    tensor = computed[key](part)
                 if key in learned:
                     placed.add(key)
-                    merged[name] = select(learned[key]()).to(merged[name].dtype).contiguous()
+                    tensor = learned[key](tensor, part)
+                # A tensor of its own: a file holds no two views of one storage.
+                merged[name] = tensor.to(dtype, copy=True).contiguous()
             save_file(merged, folder / file.name, metadata={"format": "pt"})
     left = sorted(set(learned) - placed)
     if left:
@@ -55,56 +83,110 @@ def write_merged(model: Any, source: Path, folder: Path, *, tied: bool) -> None:
     for file in source.iterdir():
         if file.is_file() and file.suffix != ".safetensors":
             shutil.copy2(file, folder / file.name)
+    _forget_quantization(folder)
 
 
-def _canonical(name: str) -> str:
-    """A name without `language_model`, which some files and classes have and others have not."""
-    return name.replace("model.language_model.", "model.", 1)
-
-
-def _origin(name: str, *, tied: bool) -> tuple[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """The name in memory of what a tensor of the file is, or is a part of, and how to take it from there."""
+def _origin(name: str, *, tied: bool) -> tuple[str, _Part]:
+    """The parameter in memory that a tensor of the file is, or is a part of, and which part."""
     if tied and name == "lm_head.weight":  # some files repeat a tied head
-        return "model.embed_tokens.weight", torch.clone  # a file holds no two views of one storage
-    match = _EXPERT.fullmatch(name)
-    if match is None:
-        return name, lambda tensor: tensor
-    stack, number, part = match[1], int(match[2]), match[3]
-    if part == "down":
-        return f"{stack}.down_proj", lambda tensor: tensor[number]
-    half = ("gate", "up").index(part)
-    return f"{stack}.gate_up_proj", lambda tensor: tensor[number].chunk(2, dim=0)[half]
+        return "model.embed_tokens.weight", _Part()
+    found = expert_part(name)
+    if found is None:
+        return name, _Part()
+    stack, expert, part = found
+    return stack, _Part(expert, None if part == "down" else ("gate", "up").index(part))
 
 
-def _learned(model: Any) -> Iterator[tuple[str, Any]]:
-    """Canonical name and a reader of every tensor that training changed."""
+def _forget_quantization(folder: Path) -> None:
+    """Take out of config and index what spoke of a quantized source."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.pop("quantization_config", None) is None:
+        return
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    path = folder / INDEX
+    index = json.loads(path.read_text(encoding="utf-8"))
+    places = {name: file for name, file in index["weight_map"].items() if not is_quantization_state(name)}
+    total = sum((folder / file).stat().st_size for file in set(places.values()))
+    path.write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2), encoding="utf-8"
+    )
+
+
+_Reader = Callable[[torch.Tensor, _Part], torch.Tensor]
+
+
+def _learned(model: Any) -> Iterator[tuple[str, _Reader]]:
+    """Canonical name of every parameter that training changed, and what makes it of a tensor of the source."""
     base = causal_of(model)
     adapted = False
     for name, module in base.named_modules():
         if isinstance(module, BaseTunerLayer):
             adapted = True
             parameter = getattr(module, "parameter_name", "weight")
-            yield _canonical(f"{name.replace('.base_layer', '')}.{parameter}"), _merged_reader(module, parameter)
+            key = canonical(f"{name.replace('.base_layer', '')}.{parameter}")
+            yield (
+                key,
+                _experts_reader(module) if isinstance(module, LoraExperts) else _merged_reader(module, parameter),
+            )
     if adapted:
         return
     for name, parameter in base.named_parameters():
         if parameter.requires_grad:
-            yield _canonical(name), parameter.detach
+            yield canonical(name), _trained_reader(parameter.detach())
 
 
-def _merged_reader(module: Any, parameter: str) -> Any:
-    """Reads the weight with the adapter's update added in float32, and leaves the module as it was."""
+def _trained_reader(parameter: torch.Tensor) -> _Reader:
+    return lambda _, part: part.of(parameter)
 
-    def read() -> torch.Tensor:
+
+def _experts_reader(module: LoraExperts) -> _Reader:
+    """Adds the pairs of the experts that a tensor holds, in float32."""
+
+    @torch.no_grad()
+    def read(original: torch.Tensor, part: _Part) -> torch.Tensor:
+        pair = module.pair()
+        if pair is None:
+            return original
+        a = pair.a if part.expert is None else pair.a[part.expert]
+        return original.float() + pair.scaling * (part.of(pair.b).float() @ a.float())
+
+    return read
+
+
+def _merged_reader(module: Any, parameter: str) -> _Reader:
+    """Lets peft add the adapter's update to the tensor, in float32, and leaves the module as it was."""
+
+    def read(original: torch.Tensor, _: _Part) -> torch.Tensor:
         base = module.get_base_layer()
         held = getattr(base, parameter)
-        original = held.data
         try:
-            held.data = original.to(torch.float32, copy=True)  # merging adds in place
-            module.merge()
-            return getattr(module.get_base_layer(), parameter).data.clone()
+            # Merging adds in place.
+            setattr(base, parameter, torch.nn.Parameter(original.to(held.device, torch.float32, copy=True)))
+            if is_quantized(held):
+                peft.tuners.lora.Linear.merge(module)  # its own would quantize what it merges
+            else:
+                module.merge()
+            merged: torch.Tensor = getattr(module.get_base_layer(), parameter).data.clone()
+            return merged
         finally:
             module.merged_adapters.clear()
-            held.data = original
+            setattr(base, parameter, held)
+
+    return read
+
+
+def _quantized(model: Any) -> Iterator[tuple[str, Callable[[_Part], torch.Tensor]]]:
+    """Canonical name of every quantized parameter, and what makes a part of it dense, in float32."""
+    for name, parameter in causal_of(model).named_parameters():
+        if is_quantized(parameter):
+            yield canonical(name.replace(".base_layer", "")), _dense_reader(parameter)
+
+
+def _dense_reader(parameter: torch.Tensor) -> Callable[[_Part], torch.Tensor]:
+    def read(part: _Part) -> torch.Tensor:
+        if part.expert is None:
+            return dense(parameter, torch.float32)
+        one = dense_experts(parameter, part.expert, part.expert + 1, torch.float32)
+        return attrs.evolve(part, expert=0).of(one)
 
     return read

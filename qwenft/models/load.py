@@ -1,4 +1,8 @@
-"""A checkpoint's weights and tokenizer in memory, as transformers' own classes."""
+"""A checkpoint's weights and tokenizer in memory, as transformers' own classes.
+
+Weights are read tensor by tensor into where they are to be held, so that neither the host nor the device ever has
+more than the result and one tensor, or one expert of a stack.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from accelerate import init_empty_weights
 
 from qwenft.errors import CheckpointError
-from qwenft.models.checkpoint import weight_files
+from qwenft.family.inventory import inventory
+from qwenft.models.quantize import put_quantized, read_quantized
+from qwenft.models.weights import Weights, checked, require_whole
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from qwenft.family.architectures import Architecture
-
-# They ship in float32 and rounding them hurts; transformers keeps no list of its own for this family.
-FLOAT32_ISLANDS = ("linear_attn.A_log", "linear_attn.dt_bias", "linear_attn.norm")
+    from qwenft.family.inventory import Weight
+    from qwenft.plan.storage import Storage
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -40,50 +45,63 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_model(
-    folder: Path, loaded: Architecture, *, dtype: str, device: str = "cpu", embeddings_on_host: bool = False
+    folder: Path, loaded: Architecture, *, storage: Storage, device: str = "cpu", embeddings_on_host: bool = False
 ) -> Any:
-    """The weights of a checkpoint folder, `A_log`, `dt_bias` and the GDN norm in float32.
+    """The weights of a checkpoint folder, each held as ``storage`` says.
 
     Args:
         folder: the checkpoint.
         loaded: the part of it to load: without a tower, the tower's weights are never read.
-        dtype: in which the other weights are held.
+        storage: dtypes, and what is quantized.
         device: "cpu" or "cuda".
         embeddings_on_host: leave the input embeddings on the CPU; they must not be tied.
 
     Returns:
-        transformers' ``...ForCausalLM`` or ``...ForConditionalGeneration``.
+        transformers' ``...ForCausalLM`` or ``...ForConditionalGeneration``, in evaluation mode.
 
     Raises:
         CheckpointError: a file is damaged, or lacks weights that the model has.
     """
-    cls = getattr(transformers, loaded.class_name)
-    # The list of float32 modules belongs to the class, so a subclass of this call alone carries ours.
-    # It names transformers as its module, or the conversions of the family's weight names would not apply to it.
-    attributes = {"_keep_in_fp32_modules_strict": list(FLOAT32_ISLANDS), "__module__": cls.__module__}
-    with_islands: Any = type(cls.__name__, (cls,), attributes)
-    files = weight_files(folder)
-    try:
-        model, report = with_islands.from_pretrained(
-            folder, dtype=getattr(torch, dtype), device_map=None, output_loading_info=True
-        )
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{folder}: a weight file is damaged or missing: {error}", fix="copy the checkpoint again", path=folder
-        ) from error
-    model.__class__ = cls
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise CheckpointError(
-            f"{folder}: {len(missing)} weights are in none of its {len(files)} files, {missing[0]} first",
-            fix="a checkpoint that is whole",
-            path=folder,
-            missing=missing,
-        )
-    decoder = getattr(model.model, "language_model", model.model)
-    embeddings = decoder.embed_tokens
-    if embeddings_on_host:
-        decoder.embed_tokens = None
-    model.to(device)
-    decoder.embed_tokens = embeddings
+    weights = Weights(folder)
+    require_whole(weights, loaded)
+    model = _skeleton(folder, loaded)
+    for weight in inventory(loaded):
+        where = "cpu" if embeddings_on_host and weight.role == "embeddings" else device
+        for name in weight.names(text_only=loaded.is_text_only):
+            if storage.is_quantized(weight, name):
+                put_quantized(model, name, read_quantized(weights, weight, name, storage, where))
+            else:
+                held = _read(weights, weight, name, getattr(torch, storage.dtype_of(weight)), where)
+                path, _, parameter = name.rpartition(".")
+                setattr(model.get_submodule(path), parameter, torch.nn.Parameter(held))
+    if loaded.tied:
+        model.lm_head.weight = model.get_input_embeddings().weight
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = storage.kind == "nf4", storage.kind == "int8"  # peft asks
+    # Rotary tables are made by the model itself.
+    for name, buffer in list(model.named_buffers()):
+        path, _, buffered = name.rpartition(".")
+        setattr(model.get_submodule(path), buffered, buffer.to(device))
+    return model.eval()
+
+
+def _skeleton(folder: Path, loaded: Architecture) -> Any:
+    """The model with all its parameters on the meta device."""
+    config: Any = transformers.AutoConfig.from_pretrained(folder)
+    if loaded.is_text_only:
+        config = config.get_text_config()
+    config.tie_word_embeddings = loaded.tied
+    with init_empty_weights(include_buffers=False):
+        model = getattr(transformers, loaded.class_name)(config)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model
+
+
+def _read(weights: Weights, weight: Weight, name: str, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """A weight as it is, in a tensor of its own, and no view of the file."""
+    if weight.kind != "experts":
+        return checked(weights, name, weights.read(name), weight.shape).to(device, dtype, copy=True)
+    stack = torch.empty(weight.shape, dtype=dtype, device=device)
+    for number, expert in enumerate(weights.experts(name, weight.shape[0])):
+        stack[number] = checked(weights, name, expert, weight.shape[1:])
+    return stack

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import peft
+import peft.tuners.lora.bnb
 import torch
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from qwenft.errors import SpecError
+from qwenft.kernels.experts import LowRank
 from qwenft.kernels.lora import lora_product
-from qwenft.models.precision import CastLinear
+from qwenft.kernels.quantized import dense_shape, is_quantized
+from qwenft.models.precision import CastLinear, RoutedExperts
+from qwenft.models.quantize import Linear4bit, Linear8bit
 from qwenft.plan.coverage import trained_weights
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from qwenft.family.architectures import Architecture
@@ -24,42 +31,128 @@ _TEXT_ALONE = "base_model.model.model."
 _IN_VISION_LANGUAGE = "base_model.model.model.language_model."
 
 
-class LoraLinear(peft.tuners.lora.Linear):
-    """peft's own layer, whose plain case, one adapter beside a frozen Linear, is one node of the graph.
+class _Fused:
+    """The plain case of peft's layer, one adapter beside a frozen Linear, as one node of the graph.
 
-    DoRA, dropout, several active adapters, merged or disabled ones, quantized bases and modules with hooks go
-    through peft's own forward.
+    DoRA, dropout, several active adapters, merged or disabled ones, and modules with hooks go through peft's own
+    forward.
     """
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[..., I] to [..., O]."""
         adapter = None if args or kwargs else self._plain_adapter()
         if adapter is None:
-            return super().forward(x, *args, **kwargs)
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         return lora_product(x, self.base_layer.weight, a, b, self.scaling[adapter])
 
-    def _plain_adapter(self) -> str | None:
+    def _plain_adapter(self: Any) -> str | None:
         """The active adapter, where it is all that this layer is asked for."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(active) != 1 or active[0] in self.lora_variant:
             return None
-        name = active[0]
+        name: str = active[0]
         drops = self.training and not isinstance(self.lora_dropout[name], torch.nn.Identity)
         linears = (self.base_layer, self.lora_A[name], self.lora_B[name])
         is_plain = not drops and not self.base_layer.weight.requires_grad and all(map(_is_plain, linears))
         return name if is_plain else None
 
 
+class LoraLinear(_Fused, peft.tuners.lora.Linear):
+    """Beside a Linear."""
+
+
+class LoraLinear4bit(_Fused, peft.tuners.lora.bnb.Linear4bit):
+    """Beside a Linear in nf4."""
+
+
+class LoraLinear8bit(_Fused, peft.tuners.lora.bnb.Linear8bitLt):
+    """Beside a Linear in int8."""
+
+
+class LoraExperts(peft.tuners.lora.ParamWrapper):
+    """Beside a stack of experts: peft's own layer, which would make the whole stack anew at every call.
+
+    The pairs of its adapters go to the experts; stacks may be quantized.
+    """
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What :class:`RoutedExperts` takes, to [T, H]."""
+        self._check_forward_args(x, *args, **kwargs)
+        pairs: dict[str, LowRank] = {}
+        module: Any = self
+        while isinstance(module, LoraExperts):
+            if (pair := module.pair()) is not None:
+                pairs[module.parameter_name] = pair
+            module = module.base_layer
+        answers: torch.Tensor = module(x, *args, **kwargs, **pairs)
+        return answers
+
+    def pair(self) -> LowRank | None:
+        """The pairs of all active adapters as one, or None where there is none beside the stack."""
+        if self.disable_adapters or self.merged:
+            return None
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        pairs = [self.pair_of(name) for name in active]
+        if len(pairs) < 2:
+            return pairs[0] if pairs else None
+        a = torch.cat([pair.a for pair in pairs], dim=1)
+        return LowRank(a, torch.cat([pair.b * pair.scaling for pair in pairs], dim=2), 1.0)
+
+    def pair_of(self, adapter: str) -> LowRank:
+        """One adapter's."""
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        # As peft lays them out: the experts are the slow index of A's rows and the fast one of B's columns.
+        of_experts = b.view(len(b), -1, self.num_experts).permute(2, 0, 1).contiguous()
+        return LowRank(a.view(self.num_experts, -1, a.shape[1]), of_experts, self.scaling[adapter])
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        """Add the adapter to the stack.
+
+        Raises:
+            SpecError: the stack is quantized.
+        """
+        if is_quantized(self.get_param()):
+            raise SpecError("experts that are quantized cannot be merged in memory", fix="run.export(path)")
+        super().merge(*args, **kwargs)
+
+
+_LINEARS = (torch.nn.Linear, CastLinear, Linear4bit, Linear8bit)
+_FUSED: dict[type, Any] = {
+    peft.tuners.lora.Linear: LoraLinear,
+    peft.tuners.lora.bnb.Linear4bit: LoraLinear4bit,
+    peft.tuners.lora.bnb.Linear8bitLt: LoraLinear8bit,
+}
+
+
 def _is_plain(linear: Any) -> bool:
     """Whether a Linear is its weight alone, so that nobody would notice that it is not called."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return (
-        type(linear) in (torch.nn.Linear, CastLinear)
+        type(linear) in _LINEARS
         and linear.bias is None
-        and linear.weight.shape == (linear.out_features, linear.in_features)
+        and dense_shape(linear.weight) == (linear.out_features, linear.in_features)
         and not any(getattr(linear, kind) for kind in kinds)
     )
+
+
+@contextmanager
+def _full_shapes(model: Any) -> Iterator[None]:
+    """Stand for quantized stacks by tensors of their shapes, of which peft makes its own; they take no memory."""
+    held = []
+    for module in model.modules():
+        for name, stack in (
+            list(module.named_parameters(recurse=False)) if isinstance(module, RoutedExperts) else ()
+        ):
+            if is_quantized(stack):
+                held.append((module, name, stack))
+                shape = torch.empty(1, device=stack.device).expand(dense_shape(stack))
+                setattr(module, name, torch.nn.Parameter(shape, requires_grad=False))
+    try:
+        yield
+    finally:
+        for module, name, stack in held:
+            setattr(module, name, stack)
 
 
 def lora_config(loaded: Architecture, adapter: AdapterSpec, source: str) -> peft.LoraConfig:
@@ -99,14 +192,21 @@ def add_lora(model: Any, config: peft.LoraConfig, *, seed: int) -> Any:
         config: where, and of what rank.
         seed: of the initial values.
     """
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng(), warnings.catch_warnings(), _full_shapes(model):
         # peft 0.21 asks transformers 5.23 by the older of two names.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        # It applies ranks of parameters, and looks for them among modules alone.
+        warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
+        # peft would write the folder that was loaded into the adapter's files, and warn that it differs.
+        model.name_or_path = config.base_model_name_or_path
         torch.manual_seed(seed)
         adapted = peft.get_peft_model(model, config)
     for module in adapted.modules():
-        if type(module) is peft.tuners.lora.Linear:
-            module.__class__ = LoraLinear
+        module.__class__ = _FUSED.get(type(module), type(module))
+        if isinstance(module, peft.tuners.lora.ParamWrapper) and isinstance(
+            module.get_base_layer(), RoutedExperts
+        ):
+            module.__class__ = LoraExperts
     return adapted
 
 

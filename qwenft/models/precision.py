@@ -14,19 +14,26 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
 
+from qwenft.kernels.experts import LowRank, routed_experts
+from qwenft.kernels.quantized import dense
+
 
 class _CastMatmul(torch.autograd.Function):
     """x [..., I] times weight [O, I] transposed, with the weight cast to x's dtype here and again in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        return x @ weight.to(x.dtype).T
+        trained = weight.requires_grad
+        ctx.save_for_backward(*((x, weight) if trained else (None, None)))
+        # Held by its module in any case; what is saved loses the scales of a quantized weight to hooks.
+        ctx.frozen = None if trained else weight
+        return x @ dense(weight, x.dtype).T
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        grad_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
+        weight = weight if ctx.frozen is None else ctx.frozen
+        grad_x = grad @ dense(weight, grad.dtype) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
             # In x's dtype: autograd casts it to what the weight's gradient is held in.
@@ -53,11 +60,11 @@ class _CastLookup(torch.autograd.Function):
 
 
 def cast_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``x @ weight.T`` in x's dtype, whatever dtype the weight is stored in.
+    """``x @ weight.T`` in x's dtype, whatever the weight is stored in.
 
     Args:
         x: [..., I].
-        weight: [O, I].
+        weight: [O, I]; quantized, it is packed and has the shape of that.
 
     Returns:
         [..., O].
@@ -98,11 +105,15 @@ class CastRouter(moe.Qwen3_5MoeTopKRouter):
         return logits, (weights / weights.sum(dim=-1, keepdim=True)).to(logits.dtype), chosen
 
 
-class SortedExperts(moe.Qwen3_5MoeExperts):
-    """Routed experts over tokens sorted by expert, one matrix product each; exact, in any storage dtype."""
+class RoutedExperts(moe.Qwen3_5MoeExperts):
+    """Routed experts over tokens sorted by expert; exact, in any storage dtype, quantized or not."""
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        **adapters: LowRank,
     ) -> torch.Tensor:
         """Sum what each token's experts answer.
 
@@ -110,25 +121,20 @@ class SortedExperts(moe.Qwen3_5MoeExperts):
             hidden_states: [T, H].
             top_k_index: [T, k], the experts of each token.
             top_k_weights: [T, k].
+            adapters: beside the stacks, by their names.
 
         Returns:
             [T, H].
         """
-        tokens, per_token = top_k_index.shape
-        order = top_k_index.flatten().argsort(stable=True)
-        counts = top_k_index.flatten().bincount(minlength=self.num_experts).tolist()
-        inputs = hidden_states[order // per_token].split(counts)
-        # Read once: with LoRA on the stack each read computes the whole of it.
-        gate_up_stack, down_stack = self.gate_up_proj, self.down_proj
-        outputs = []
-        for expert, x_SH in enumerate(inputs):
-            if x_SH.shape[0]:
-                gate, up = cast_matmul(x_SH, gate_up_stack[expert]).chunk(2, dim=-1)
-                outputs.append(cast_matmul(self.act_fn(gate) * up, down_stack[expert]))
-        answers = torch.cat(outputs) * top_k_weights.flatten()[order, None]
-        back = torch.empty_like(order)
-        back[order] = torch.arange(order.numel(), device=order.device)
-        return answers[back].view(tokens, per_token, -1).sum(dim=1).to(hidden_states.dtype)
+        return routed_experts(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            self.gate_up_proj,
+            self.down_proj,
+            gate_up_lora=adapters.get("gate_up_proj"),
+            down_lora=adapters.get("down_proj"),
+        )
 
 
 def compute_in(model: Any, dtype: str) -> Any:
@@ -155,5 +161,5 @@ def compute_in(model: Any, dtype: str) -> Any:
         elif type(module) is moe.Qwen3_5MoeTopKRouter:
             module.__class__ = CastRouter
         elif type(module) is moe.Qwen3_5MoeExperts:
-            module.__class__ = SortedExperts
+            module.__class__ = RoutedExperts
     return model

@@ -20,9 +20,9 @@ from qwenft.capabilities import LinearAttentionBackend
 from qwenft.comparison import ConformanceReport, Probe, Suite, Verification
 from qwenft.errors import ConformanceError, LeakError
 from qwenft.family.architectures import FULL_ATTENTION, LINEAR_ATTENTION
+from qwenft.family.inventory import FLOAT32
 from qwenft.kernels.layout import SequenceLayout
 from qwenft.models.bind import bind, stream_arguments
-from qwenft.models.load import FLOAT32_ISLANDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -200,7 +200,7 @@ def _weights(model: Any, suite: Suite) -> Iterator[tuple[str, torch.Tensor]]:
     parameters = dict(model.named_parameters())
     for name in _weight_names(model):
         shape = parameters[name].shape
-        islands = any(island in name for island in FLOAT32_ISLANDS)
+        islands = any(island in name for island in FLOAT32)
         numbers = suite.random(*shape, dtype="float32" if islands else None)
         if name.endswith("A_log"):
             yield name, A_LOG + 0.1 * numbers

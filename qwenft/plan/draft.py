@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from qwenft.family.architectures import Architecture
     from qwenft.machine import Machine
     from qwenft.plan.choice import Choice
+    from qwenft.plan.storage import Storage
     from qwenft.specs.adapter import AdapterSpec
     from qwenft.specs.attention import AttentionSpec
     from qwenft.specs.data import DataSpec
@@ -53,6 +54,7 @@ class Draft:
         training: the loop.
         checkpoint: the architecture of the whole checkpoint.
         architecture: the part of it that is loaded.
+        storage: how its weights are held.
         has_weights: the source names a folder or hub id, and not an architecture alone.
         machine: what the plan is for.
         here: the machine is this one.
@@ -67,6 +69,7 @@ class Draft:
     training: TrainingSpec
     checkpoint: Architecture
     architecture: Architecture
+    storage: Storage
     has_weights: bool
     machine: Machine
     here: bool

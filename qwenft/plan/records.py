@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from qwenft.family.inventory import Weight, inventory
+from qwenft.family.inventory import inventory
 from qwenft.plan.coverage import trained_weights
+from qwenft.plan.storage import ITEM_BYTES
 
 if TYPE_CHECKING:
     from qwenft.family.architectures import Architecture
+    from qwenft.plan.storage import Storage
     from qwenft.specs.adapter import AdapterSpec
     from qwenft.specs.training import TrainingSpec
 
@@ -94,9 +96,6 @@ class StateBytes:
 
 
 _FLOAT32 = 4
-_ITEM_BYTES = {"bfloat16": 2, "float32": 4}
-# A_log, dt_bias and the GDN norm are float32 in every checkpoint and stay so.
-_ISLANDS = ("A_log", "dt_bias")
 # bitsandbytes 0.50, optim/optimizer.py: smaller tensors keep float32 moments; others a byte each, and for either
 # moment a float32 maximum a block. Two maps of 1 KiB that all tensors share are not counted.
 _SMALL = 4096
@@ -104,7 +103,7 @@ _BLOCK = 256
 
 
 def state_bytes(
-    architecture: Architecture, adapter: AdapterSpec, training: TrainingSpec, dtype: str
+    architecture: Architecture, adapter: AdapterSpec, training: TrainingSpec, storage: Storage
 ) -> StateBytes:
     """Count what a run holds.
 
@@ -112,15 +111,15 @@ def state_bytes(
         architecture: the model as it is loaded.
         adapter: what is trained.
         training: the optimizer, and how trained weights and gradients are held.
-        dtype: of the weights.
+        storage: how weights are held.
     """
     entries = trained_weights(architecture, adapter)
     replaced = {entry.weight for entry in entries if entry.rank is None}
     trained = gradients = optimizer = on_host = weights = 0
     for entry in entries:
         item = _FLOAT32
-        if entry.rank is None and not training.master_weights and not _is_island(entry.weight):
-            item = _ITEM_BYTES[dtype]
+        if entry.rank is None and not training.master_weights and not entry.weight.is_float32:
+            item = ITEM_BYTES[storage.dtype]
         trained += item * entry.parameters
         if training.optimizer_in_backward:
             gradients = max(gradients, item * max(entry.sizes))
@@ -128,7 +127,9 @@ def state_bytes(
             gradients += (_FLOAT32 if accumulates(training) else item) * entry.parameters
         optimizer += entry.weight.instances * sum(_optimizer_bytes(size, training) for size in entry.sizes)
     for weight in inventory(architecture):
-        held = 0 if weight in replaced else weight.count * (_FLOAT32 if _is_island(weight) else _ITEM_BYTES[dtype])
+        held = 0
+        if weight not in replaced:
+            held = sum(storage.bytes_of(weight, text_only=architecture.is_text_only).values())
         if weight.role == "embeddings" and training.embeddings_on_host:
             on_host += held
         else:
@@ -148,7 +149,3 @@ def _optimizer_bytes(size: int, training: TrainingSpec) -> int:
     if training.optimizer.endswith("8bit") and size >= _SMALL:
         return 2 * (size + _FLOAT32 * -(-size // _BLOCK))
     return 2 * _FLOAT32 * size
-
-
-def _is_island(weight: Weight) -> bool:
-    return weight.parameter in _ISLANDS or weight.module == "linear_attn.norm"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qwenft.family.architectures import Architecture
+    from qwenft.plan.storage import Storage
     from qwenft.specs.adapter import AdapterSpec
     from qwenft.specs.training import TrainingSpec
 
@@ -30,7 +31,7 @@ def prepare_model(
     adapter: AdapterSpec,
     training: TrainingSpec,
     backends: Mapping[str, Any],
-    dtype: str,
+    storage: Storage,
     compute_dtype: str,
     device: str,
     source: str,
@@ -43,12 +44,14 @@ def prepare_model(
         adapter: what is trained.
         training: where and how weights and their gradients are held, and the seed of the adapter's initial values.
         backends: of the attention slots, by name.
-        dtype: in which frozen weights are held.
+        storage: how frozen weights are held.
         compute_dtype: in which the layers compute.
         device: "cpu" or "cuda".
         source: the checkpoint's name in the adapter's files.
     """
-    model = load_model(folder, loaded, dtype=dtype, device=device, embeddings_on_host=training.embeddings_on_host)
+    model = load_model(
+        folder, loaded, storage=storage, device=device, embeddings_on_host=training.embeddings_on_host
+    )
     bind(model, **backends)
     fuse_elementwise(model)
     compute_in(model, compute_dtype)

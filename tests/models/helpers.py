@@ -13,6 +13,7 @@ from qwenft.models.checkpoint import architecture_of
 from qwenft.models.elementwise import fuse_elementwise
 from qwenft.models.load import load_model
 from qwenft.models.precision import compute_in
+from qwenft.plan.storage import Storage
 from qwenft.specs.model import ModelSpec
 
 LENGTHS = (1, 3, 63, 64, 65, 130, 500)
@@ -20,7 +21,7 @@ LENGTHS = (1, 3, 63, 64, 65, 130, 500)
 
 def bound(checkpoint, *, full="sdpa", linear="torch", dtype="float32", compute="float32"):
     """The text half of a checkpoint, bound and in evaluation mode."""
-    model = load_model(checkpoint, architecture_of(ModelSpec(checkpoint)).text_only(), dtype=dtype)
+    model = load_model(checkpoint, architecture_of(ModelSpec(checkpoint)).text_only(), storage=Storage(dtype))
     bind(model, full=backends.full(full), linear=backends.linear(linear))
     return compute_in(fuse_elementwise(model), compute).eval()
 

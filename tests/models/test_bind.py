@@ -13,6 +13,7 @@ import transformers
 from qwenft import backends
 from qwenft.models.bind import bind, causal_of, hidden_states
 from qwenft.models.loss import supervised_loss
+from qwenft.plan.storage import Storage
 from qwenft.testing import TinySizes, stock_logits, tiny_checkpoint
 
 from .helpers import LENGTHS, batch_of, bound, documents, next_token_labels, packed_logits, relative
@@ -247,7 +248,9 @@ def test_vision_language_class_trains_on_the_same_stream(dense_checkpoint, stock
     from qwenft.models.load import load_model
     from qwenft.specs.model import ModelSpec
 
-    model = load_model(dense_checkpoint, architecture_of(ModelSpec(dense_checkpoint)), dtype="float32").eval()
+    model = load_model(
+        dense_checkpoint, architecture_of(ModelSpec(dense_checkpoint)), storage=Storage("float32")
+    ).eval()
     bind(model, full=backends.full("sdpa"), linear=backends.linear("torch"))
     with torch.no_grad():
         packed = packed_logits(model, documents())
@@ -266,7 +269,7 @@ def tower(request, tmp_path_factory):
     from qwenft.specs.model import ModelSpec
 
     path = tiny_checkpoint(tmp_path_factory.mktemp("tower") / "checkpoint", request.param)
-    return load_model(path, architecture_of(ModelSpec(path)), dtype="float32").model.visual.eval()
+    return load_model(path, architecture_of(ModelSpec(path)), storage=Storage("float32")).model.visual.eval()
 
 
 class _OneImage(backends.EagerAttention):

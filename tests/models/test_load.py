@@ -12,6 +12,7 @@ import qwenft as qf
 from qwenft.models.checkpoint import architecture_of
 from qwenft.models.load import load_model, load_tokenizer
 from qwenft.models.precision import compute_in
+from qwenft.plan.storage import Storage
 
 
 def test_text_half_never_allocates_the_tower(dense_checkpoint):
@@ -19,7 +20,7 @@ def test_text_half_never_allocates_the_tower(dense_checkpoint):
     model = load_model(
         dense_checkpoint,
         architecture_of(qf.ModelSpec(dense_checkpoint)).text_only(),
-        dtype="float32",
+        storage=Storage("float32"),
     )
     assert not [name for name, _ in model.named_parameters() if "visual" in name]
     assert not [name for name, _ in model.named_parameters() if "mtp" in name]
@@ -28,12 +29,12 @@ def test_text_half_never_allocates_the_tower(dense_checkpoint):
 def test_text_only_checkpoints_load_too(dense_checkpoint, tmp_path):
     """A checkpoint of the text half alone, as transformers saves it, is read as itself."""
     text = architecture_of(qf.ModelSpec(dense_checkpoint)).text_only()
-    model = load_model(dense_checkpoint, text, dtype="float32")
+    model = load_model(dense_checkpoint, text, storage=Storage("float32"))
     model.save_pretrained(tmp_path / "text")
     load_tokenizer(dense_checkpoint).save_pretrained(tmp_path / "text")
     again = architecture_of(qf.ModelSpec(tmp_path / "text"))
     assert again.model_type == "qwen3_5_text"
-    reloaded = load_model(tmp_path / "text", again, dtype="float32")
+    reloaded = load_model(tmp_path / "text", again, storage=Storage("float32"))
     for (name, wanted), got in zip(model.named_parameters(), reloaded.parameters(), strict=True):
         assert torch.equal(wanted, got), name
 
@@ -41,7 +42,7 @@ def test_text_only_checkpoints_load_too(dense_checkpoint, tmp_path):
 def test_embeddings_may_stay_on_the_host(dense_checkpoint):
     """They alone are left behind when the model moves, and hand their rows to the device of the ids."""
     text = attrs.evolve(architecture_of(qf.ModelSpec(dense_checkpoint)).text_only(), tied=False)
-    model = load_model(dense_checkpoint, text, dtype="bfloat16", device="meta", embeddings_on_host=True)
+    model = load_model(dense_checkpoint, text, storage=Storage("bfloat16"), device="meta", embeddings_on_host=True)
     places = {name: parameter.device.type for name, parameter in model.named_parameters()}
     assert [name for name, device in places.items() if device == "cpu"] == ["model.embed_tokens.weight"]
     assert next(iter(places)) == "model.embed_tokens.weight"  # in its old place among the modules
@@ -64,7 +65,7 @@ def test_missing_weights_are_an_error(dense_checkpoint, tmp_path):
         load_model(
             tmp_path / "copy",
             architecture_of(qf.ModelSpec(tmp_path / "copy")).text_only(),
-            dtype="float32",
+            storage=Storage("float32"),
         )
 
 
@@ -77,7 +78,7 @@ def test_a_damaged_file_is_an_error(dense_checkpoint, tmp_path):
         load_model(
             tmp_path / "copy",
             architecture_of(qf.ModelSpec(tmp_path / "copy")).text_only(),
-            dtype="float32",
+            storage=Storage("float32"),
         )
 
 

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
 
-from qwenft.models.precision import CastEmbedding, SortedExperts, cast_matmul
+from qwenft.models.precision import CastEmbedding, RoutedExperts, cast_matmul
 
 from .helpers import bound, documents, packed_logits, relative
 
@@ -79,7 +79,7 @@ def test_sorted_experts_equal_the_experts_of_transformers():
     scores, chosen = torch.rand(40, 6).topk(2)
     chosen[:, 0] = chosen[:, 0] % 4  # some experts are visited by nobody
     results = []
-    for cls in (moe.Qwen3_5MoeExperts, SortedExperts):
+    for cls in (moe.Qwen3_5MoeExperts, RoutedExperts):
         stock.__class__ = cls
         output = stock(x, chosen, scores)
         results.append([output, *torch.autograd.grad(output.square().sum(), [x, *stock.parameters()])])

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import qwenft as qf
 from qwenft.models.checkpoint import architecture_of, weight_files
 from qwenft.models.load import load_model, load_tokenizer
+from qwenft.plan.storage import Storage
 
 from .helpers import relative
 
@@ -58,7 +59,7 @@ def sources(dense_checkpoint, moe_checkpoint, tmp_path_factory):
     save_file(tensors, file, metadata={"format": "pt"})
     for kind in ("dense", "moe"):
         text = architecture_of(qf.ModelSpec(found[kind])).text_only()
-        load_model(found[kind], text, dtype="float32").save_pretrained(folder / kind)
+        load_model(found[kind], text, storage=Storage("float32")).save_pretrained(folder / kind)
         load_tokenizer(found[kind]).save_pretrained(folder / kind)
         found[f"{kind}-text"] = folder / kind
     return found

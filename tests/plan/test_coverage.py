@@ -6,6 +6,7 @@ from qwenft.family.inventory import inventory
 from qwenft.family.roles import default_adapter_roles, roles_of
 from qwenft.plan.coverage import coverage, matches, trained_roles, trained_weights
 from qwenft.plan.records import StateBytes, state_bytes
+from qwenft.plan.storage import Storage
 from qwenft.specs.adapter import AdapterSpec
 from qwenft.specs.training import TrainingSpec
 
@@ -106,9 +107,9 @@ def test_the_state_of_a_lora_counts_by_hand():
         gradients=4 * trained,
         optimizer=8 * trained,
     )
-    assert state_bytes(DENSE, LORA, TrainingSpec(), "bfloat16") == expected
-    assert state_bytes(DENSE, LORA, TrainingSpec(), "bfloat16").total == expected.weights + 16 * trained
-    assert state_bytes(DENSE, LORA, TrainingSpec(), "float32").weights == 4 * held
+    assert state_bytes(DENSE, LORA, TrainingSpec(), Storage("bfloat16")) == expected
+    assert state_bytes(DENSE, LORA, TrainingSpec(), Storage("bfloat16")).total == expected.weights + 16 * trained
+    assert state_bytes(DENSE, LORA, TrainingSpec(), Storage("float32")).weights == 4 * held
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def test_the_state_of_full_fine_tuning_replaces_the_weights(options, expected):
     """A trained weight is not held a second time: bytes a parameter of weights, gradients and optimizer by hand."""
     held = sum(weight.count for weight in inventory(DENSE))
     gdn = 48 * (2 * DENSE.gdn_value_heads + DENSE.gdn_value_dim)  # A_log, dt_bias and norm are float32 everywhere
-    state = state_bytes(DENSE, AdapterSpec.full(), TrainingSpec(**options), "bfloat16")
+    state = state_bytes(DENSE, AdapterSpec.full(), TrainingSpec(**options), Storage("bfloat16"))
     trained, gradients, optimizer = expected
     assert attrs.astuple(state) == (
         0,
@@ -140,9 +141,9 @@ def test_the_state_of_full_fine_tuning_replaces_the_weights(options, expected):
 def test_the_largest_gradient_is_all_that_a_step_in_backward_holds():
     """Of full fine-tuning that is the embeddings' or the head's, of LoRA one matrix's."""
     training = TrainingSpec(optimizer_in_backward=True, max_grad_norm=None)
-    full = state_bytes(DENSE, AdapterSpec.full(), training, "bfloat16")
+    full = state_bytes(DENSE, AdapterSpec.full(), training, Storage("bfloat16"))
     assert full.gradients == 2 * DENSE.vocabulary * DENSE.hidden_size
-    lora = state_bytes(DENSE, LORA.on("full_attention"), training, "bfloat16")
+    lora = state_bytes(DENSE, LORA.on("full_attention"), training, Storage("bfloat16"))
     assert (
         lora.gradients == 4 * 16 * 2 * DENSE.query_heads * DENSE.head_dim
     )  # B of q_proj, which holds the gate too
@@ -150,7 +151,7 @@ def test_the_largest_gradient_is_all_that_a_step_in_backward_holds():
 
 def test_embeddings_on_the_host_are_counted_apart():
     """Their bytes move out of the sum, and no others."""
-    plain = state_bytes(DENSE, LORA, TrainingSpec(), "bfloat16")
-    moved = state_bytes(DENSE, LORA, TrainingSpec(embeddings_on_host=True), "bfloat16")
+    plain = state_bytes(DENSE, LORA, TrainingSpec(), Storage("bfloat16"))
+    moved = state_bytes(DENSE, LORA, TrainingSpec(embeddings_on_host=True), Storage("bfloat16"))
     assert moved.on_host == 2 * DENSE.vocabulary * DENSE.hidden_size
     assert moved.total + moved.on_host == plain.total

@@ -20,6 +20,7 @@ RULES: tuple[Callable[[Draft], Iterator[Finding]], ...] = (
     model.vision_tower,
     attention.vision_attention,
     model.precision,
+    model.quantization,
     model.roles_exist,
     model.adapter_fields,
     model.targets_match,

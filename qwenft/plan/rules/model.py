@@ -8,6 +8,7 @@ from qwenft.family.inventory import inventory
 from qwenft.family.roles import default_adapter_roles, roles_of
 from qwenft.plan.coverage import coverage, matches, trained_weights
 from qwenft.plan.findings import error, note
+from qwenft.plan.storage import NF4_BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,6 +33,33 @@ def precision(draft: Draft) -> Iterator[Finding]:
             f"weights are stored in {draft.model.dtype} and computed in {draft.compute_dtype}: "
             f"{draft.machine.name} multiplies no {draft.model.dtype} in hardware",
         )
+
+
+def quantization(draft: Draft) -> Iterator[Finding]:
+    """What is quantized is frozen, is there, and can be."""
+    asked, held, place = draft.model.quantization, draft.storage, "model.quantize"
+    if held.kind is not None and draft.adapter.kind == "full":
+        yield error(
+            place,
+            f"full fine-tuning trains the weights themselves, and {held.kind} can only be read",
+            'AdapterSpec.lora(), or weights of 16 bits with optimizer="adamw_8bit"',
+        )
+    if asked is None:
+        return
+    if held.stored and (held.kind, held.double_quant) != (asked.kind, asked.double_quant):
+        scales = "with quantized scales" if held.double_quant else "with plain scales"
+        problem = f"{draft.checkpoint.name} is held in {held.kind} {scales} already"
+        yield error(place, problem, "leave .quantize out")
+    if asked.vision and draft.architecture.is_text_only:
+        yield error(place, "vision=True quantizes a tower, and none is loaded", "recipe.with_model(vision=True)")
+    for weight in inventory(draft.architecture) if held.kind == "nf4" and asked.experts else ():
+        size = weight.size // weight.shape[0]
+        if weight.kind == "experts" and size % NF4_BLOCK:
+            yield error(
+                place,
+                f"an expert's {weight.parameter} has {size:,} weights, and nf4 takes blocks of {NF4_BLOCK}",
+                '.quantize("int8"), or .quantize("nf4", experts=False)',
+            )
 
 
 def roles_exist(draft: Draft) -> Iterator[Finding]:

@@ -1,0 +1,112 @@
+"""Routed experts, forward and backward, against those of transformers; in 4 bits against 16.
+
+One thread: `python benchmarks/experts.py`. The sides take turns in one process; the ratio of each turn, its median
+and range. Peaks of memory are taken in a process a side.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.models.qwen3_5_moe import configuration_qwen3_5_moe as configuration
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
+
+from qwenft.kernels.experts import routed_experts
+from qwenft.kernels.quantized import quantize_experts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+EXPERTS, PER_TOKEN, TOKENS, HIDDEN, WIDTH = 64, 8, 2048, 1024, 512
+RUNS = 7
+#: (ours, the other, whether the experts are trained).
+PAIRS = (
+    ("float32", "eager", False),
+    ("float32", "grouped_mm", False),
+    ("float32", "eager", True),
+    ("float32", "grouped_mm", True),
+    ("nf4", "bfloat16", False),
+    ("int8", "bfloat16", False),
+)
+
+
+def step(side: str, *, trained: bool) -> Callable[[], Any]:
+    """Forward and backward of one side."""
+    torch.manual_seed(0)
+    shapes = ((EXPERTS, 2 * WIDTH, HIDDEN), (EXPERTS, HIDDEN, WIDTH))
+    stacks: list[Tensor] = [torch.randn(shape) * shape[2] ** -0.5 for shape in shapes]
+    x = torch.randn(TOKENS, HIDDEN, requires_grad=True)
+    scores, chosen = torch.randn(TOKENS, EXPERTS).softmax(-1).topk(PER_TOKEN)
+    weights = (scores / scores.sum(-1, keepdim=True)).requires_grad_()
+    grad = torch.randn(TOKENS, HIDDEN)
+    if side in ("eager", "grouped_mm"):
+        config = configuration.Qwen3_5MoeTextConfig(
+            num_experts=EXPERTS, num_experts_per_tok=PER_TOKEN, hidden_size=HIDDEN, moe_intermediate_size=WIDTH
+        )
+        config._experts_implementation = side  # noqa: SLF001 - the one that experts alone are told by
+        with torch.device("meta"):
+            experts = moe.Qwen3_5MoeExperts(config)
+        experts.gate_up_proj, experts.down_proj = (torch.nn.Parameter(stack, trained) for stack in stacks)
+        inputs = (x, weights, *(p for p in experts.parameters() if p.requires_grad))
+        return lambda: torch.autograd.grad(experts(x, chosen, weights), inputs, grad)
+    if side in ("nf4", "int8"):
+        stacks = [quantize_experts(stack, stack.shape, side, double_quant=True) for stack in stacks]
+    elif side == "bfloat16":
+        stacks = [stack.bfloat16() for stack in stacks]
+    held = [stack.requires_grad_() if trained else stack for stack in stacks]
+    inputs = (x, weights, *(held if trained else ()))
+    return lambda: torch.autograd.grad(routed_experts(x, chosen, weights, *held), inputs, grad)
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """How long it takes."""
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def peak(side: str, *, trained: bool) -> float:
+    """MiB that a step of one side takes beyond what it begins with."""
+    run = step(side, trained=trained)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def peak_alone(side: str, *, trained: bool) -> float:
+    """The same, in a process of its own."""
+    command = [sys.executable, __file__, "peak", side, *(["trained"] if trained else [])]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)  # noqa: S603
+
+
+def main() -> None:
+    """Print a line a pair."""
+    print(f"{EXPERTS} experts of {WIDTH}, {PER_TOKEN} a token, {TOKENS:,} tokens of {HIDDEN}, one thread")
+    for ours, other, trained in PAIRS:
+        sides = [step(side, trained=trained) for side in (ours, other)]
+        for run in sides:
+            run()
+        times = [[seconds(run) for run in sides] for _ in range(RUNS)]
+        ratios = [mine / its for mine, its in times]
+        peaks = [peak_alone(side, trained=trained) for side in (ours, other)]
+        print(
+            f"{'trained' if trained else 'frozen'} {ours} against {other}: time "
+            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) of "
+            f"{statistics.median(its for _, its in times):.2f} s; peak {peaks[0]:.0f} against {peaks[1]:.0f} MiB"
+        )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1:2] == ["peak"]:
+        print(peak(sys.argv[2], trained="trained" in sys.argv))
+    else:
+        main()

@@ -1,0 +1,238 @@
+"""Weights in 4 and 8 bits through bitsandbytes: read, held, and kept as files that are read again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from bitsandbytes import nn as bnb
+from bitsandbytes.functional import QuantState
+from safetensors.torch import save_file
+
+from qwenft.errors import CheckpointError
+from qwenft.family.inventory import inventory
+from qwenft.kernels.quantized import held_in_int8, held_in_nf4, quantize, quantize_experts
+from qwenft.models.checkpoint import INDEX
+from qwenft.models.precision import cast_matmul
+from qwenft.models.weights import (
+    NF4_PARTS,
+    Weights,
+    canonical,
+    checked,
+    expert_part,
+    require_whole,
+    scales_name,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qwenft.family.architectures import Architecture
+    from qwenft.family.inventory import Weight
+    from qwenft.plan.storage import Storage
+
+_SHARD = 2**30  # bytes
+
+
+class _DenseProduct:
+    """The product with the dense weight: bitsandbytes' own rounds activations (int8) or repacks weights (nf4)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., I] to [..., O]."""
+        y = cast_matmul(x, self.weight)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class Linear4bit(_DenseProduct, bnb.Linear4bit):
+    """A Linear whose weight is held in nf4."""
+
+
+class Linear8bit(_DenseProduct, bnb.Linear8bitLt):
+    """A Linear whose weight is held in int8."""
+
+
+def read_quantized(weights: Weights, weight: Weight, name: str, storage: Storage, device: str) -> torch.Tensor:
+    """Read one parameter and hold it in 4 or 8 bits.
+
+    Args:
+        weights: where it is read; quantized already, or now.
+        weight: which kind of weight it is.
+        name: its full name.
+        storage: in which format.
+        device: where it is to be held.
+
+    Raises:
+        CheckpointError: its shape is not that of the config.json, or its quantization state is not whole.
+    """
+    if storage.stored:
+        return (_stored_int8 if storage.kind == "int8" else _stored_nf4)(weights, weight, name, device)
+    assert storage.kind is not None
+    if weight.kind == "experts":
+        experts = (
+            checked(weights, name, expert, weight.shape[1:]).to(device)
+            for expert in weights.experts(name, weight.shape[0])
+        )
+        return quantize_experts(experts, weight.shape, storage.kind, double_quant=storage.double_quant)
+    read = checked(weights, name, weights.read(name), weight.shape)
+    return quantize(read.to(device), storage.kind, double_quant=storage.double_quant)
+
+
+def put_quantized(model: Any, name: str, held: torch.Tensor) -> None:
+    """Give a model a quantized parameter; the Linear that has it becomes one of bitsandbytes."""
+    path, _, parameter = name.rpartition(".")
+    module = model.get_submodule(path)
+    if not isinstance(module, torch.nn.Linear):
+        setattr(module, parameter, held)
+        return
+    sizes, bias = (module.in_features, module.out_features), module.bias is not None
+    linear: Any
+    if isinstance(held, bnb.Params4bit):
+        options: Any = {"compress_statistics": held.compress_statistics, "quant_type": held.quant_type}
+        linear = Linear4bit(*sizes, bias=bias, device="meta", **options)
+    else:
+        linear = Linear8bit(*sizes, bias=bias, device="meta", has_fp16_weights=False)
+    linear.weight = held
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, linear)
+
+
+def _stored_int8(weights: Weights, weight: Weight, name: str, device: str) -> torch.Tensor:
+    rows = checked(weights, name, weights.read(name), weight.shape)
+    scales = weights.read(scales_name(weight, name))
+    if rows.dtype != torch.int8 or scales.numel() * weight.shape[-1] != weight.size:
+        raise _not_whole(weights, name, "int8")
+    scales = scales.to(device, torch.float32, copy=True).view(weight.shape[:-1])
+    return held_in_int8(rows.to(device, copy=True), scales)
+
+
+def _stored_nf4(weights: Weights, weight: Weight, name: str, device: str) -> torch.Tensor:
+    parts = {
+        part: weights.read(f"{name}.{part}").to(device, copy=True)
+        for part in NF4_PARTS
+        if f"{name}.{part}" in weights
+    }
+    packed = weights.read(name)
+    try:
+        state = QuantState.from_dict(parts, device)
+    except (KeyError, ValueError, AssertionError):
+        raise _not_whole(weights, name, "nf4") from None
+    blocks = -(-weight.size // state.blocksize)
+    if (tuple(state.shape), state.absmax.numel(), packed.numel()) != (weight.shape, blocks, -(-weight.size // 2)):
+        raise _not_whole(weights, name, "nf4")
+    return held_in_nf4(packed.to(device, copy=True), state)
+
+
+def _not_whole(weights: Weights, name: str, kind: str) -> CheckpointError:
+    return CheckpointError(
+        f"{weights.folder}: {name} is held in {kind}, and its quantization state is missing or of another weight",
+        fix='the checkpoint that it was made of, with .quantize("nf4")',
+        path=weights.folder,
+    )
+
+
+def as_tensors(weight: Weight, name: str, held: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A quantized parameter as a file holds it: bitsandbytes' own names for a Linear, and such for a stack."""
+    if getattr(held, "quant_state", None) is None:
+        scales: torch.Tensor = held.SCB  # type: ignore[attr-defined]
+        return {name: held.data, scales_name(weight, name): scales}
+    state: dict[str, torch.Tensor] = held.quant_state.as_dict(packed=True)  # type: ignore[attr-defined]
+    return {name: held.data, **{f"{name}.{part}": tensor for part, tensor in state.items()}}
+
+
+def write_quantized(source: Path, folder: Path, checkpoint: Architecture, storage: Storage) -> None:
+    """Write a whole checkpoint with its weights quantized into an empty folder; all else is copied.
+
+    Weights are quantized one by one; a file takes at most a GiB, or one tensor.
+
+    Args:
+        source: the checkpoint, not quantized.
+        folder: exists.
+        checkpoint: the whole checkpoint's architecture.
+        storage: what is quantized, by its names in it.
+    """
+    weights = Weights(source)
+    require_whole(weights, checkpoint)
+    shards = _Shards(folder)
+    done: set[str] = set()
+    for weight in inventory(checkpoint):
+        for name in weight.names(text_only=checkpoint.is_text_only):
+            if storage.is_quantized(weight, name):
+                shards.add(as_tensors(weight, name, read_quantized(weights, weight, name, storage, "cpu")))
+                done.add(canonical(name))
+    for name, stored in weights.stored_names():
+        part = expert_part(name)
+        if (part[0] if part else name) not in done:
+            shards.add({stored: weights.read(name)})
+    shards.finish()
+    for file in source.iterdir():
+        if file.is_file() and file.suffix != ".safetensors" and file.name != INDEX:
+            shutil.copy2(file, folder / file.name)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = _bitsandbytes_config(storage)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _bitsandbytes_config(storage: Storage) -> dict[str, Any]:
+    """What transformers reads: without ``experts``, of which it knows nothing."""
+    skipped = ["lm_head", "in_proj_a", "in_proj_b", "shared_expert_gate"]
+    if not any(".visual." in name for name in storage.names):
+        skipped.append("model.visual")
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if storage.kind == "nf4":
+        options = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": storage.double_quant,
+            "bnb_4bit_compute_dtype": "bfloat16",
+        }
+    found: dict[str, Any] = transformers.BitsAndBytesConfig(**options, llm_int8_skip_modules=skipped).to_dict()
+    return found
+
+
+class _Shards:
+    """Files of tensors, written as soon as they are full, and named when it is known how many there are."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._written: list[list[str]] = []
+        self._total = 0
+
+    def add(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Tensors that belong into one file."""
+        size = _bytes(tensors)
+        if self._tensors and _bytes(self._tensors) + size > _SHARD:
+            self._write()
+        self._tensors |= tensors
+        self._total += size
+
+    def finish(self) -> None:
+        """Write what is left, and the index."""
+        self._write()
+        count = len(self._written)
+        places: dict[str, str] = {}
+        for number, names in enumerate(self._written):
+            file = f"model-{number + 1:05}-of-{count:05}.safetensors"
+            self._file(number).rename(self._folder / file)
+            places |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(places.items()))}
+        (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _write(self) -> None:
+        tensors = {name: tensor.contiguous() for name, tensor in self._tensors.items()}
+        save_file(tensors, self._file(len(self._written)), metadata={"format": "pt"})
+        self._written.append(list(tensors))
+        self._tensors = {}
+
+    def _file(self, number: int) -> Path:
+        return self._folder / f"shard-{number}.safetensors"
+
+
+def _bytes(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())

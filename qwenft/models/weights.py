@@ -1,0 +1,207 @@
+"""The tensors of a checkpoint's files, by the names that parameters have in memory."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from qwenft.errors import CheckpointError
+from qwenft.family.inventory import inventory
+from qwenft.models.checkpoint import quantization_of, weight_files
+from qwenft.plan.storage import Storage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from qwenft.family.architectures import Architecture
+    from qwenft.family.inventory import Weight
+    from qwenft.specs.model import ModelSpec
+
+#: What bitsandbytes saves beside a packed weight.
+NF4_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
+_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+
+
+def canonical(name: str) -> str:
+    """A name without ``language_model``, which some files and classes have and others have not."""
+    return name.replace("model.language_model.", "model.", 1)
+
+
+def expert_part(name: str) -> tuple[str, int, str] | None:
+    """Of one expert's tensor in a file: the stack that holds it in memory, its number, and "gate", "up" or "down".
+
+    None for any other tensor.
+    """
+    match = _EXPERT.fullmatch(name)
+    if match is None:
+        return None
+    stack, number, part = match.groups()
+    return f"{stack}.{'down' if part == 'down' else 'gate_up'}_proj", int(number), part
+
+
+def is_quantization_state(name: str) -> bool:
+    """Whether a tensor of a file belongs to a quantized weight, and is none itself."""
+    return name.endswith((*(f".{part}" for part in NF4_PARTS), ".SCB", ".weight_format"))
+
+
+class Weights:
+    """The tensors of a checkpoint; each is read by itself, and nothing of it stays behind when it is dropped.
+
+    Args:
+        folder: the checkpoint.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = weight_files(folder)
+        self._places: dict[str, tuple[Path, str]] = {}
+        for file in self.files:
+            with self._open(file) as tensors:
+                self._places |= {canonical(name): (file, name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a file has it as one tensor."""
+        return canonical(name) in self._places
+
+    def stored_names(self) -> Iterator[tuple[str, str]]:
+        """The names of all tensors, without ``language_model``, and as they are in the files."""
+        return ((name, stored) for name, (_, stored) in self._places.items())
+
+    def holds(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether the files have a parameter, as one tensor or, of a stack of experts, in parts."""
+        return name in self or (len(shape) == 3 and all(part in self for part in _parts(name, shape[0])))
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor; pages of the file that are not used yet are not in memory."""
+        file, stored = self._places[canonical(name)]
+        with self._open(file) as tensors:
+            tensor: torch.Tensor = tensors.get_tensor(stored)
+            return tensor
+
+    def experts(self, name: str, count: int) -> Iterator[torch.Tensor]:
+        """The experts [O, I] of a stack, one after the other, however the files hold them."""
+        if name in self:
+            # A tensor of its own each: a slice keeps what was read before it in memory.
+            for expert in range(count):
+                file, stored = self._places[canonical(name)]
+                with self._open(file) as tensors:
+                    yield tensors.get_slice(stored)[expert]
+        else:
+            parts = _parts(name, count)
+            for expert in range(count):
+                of_expert = parts[expert * len(parts) // count : (expert + 1) * len(parts) // count]
+                read = [self.read(part) for part in of_expert]
+                yield torch.cat(read) if len(read) > 1 else read[0]
+
+    @contextmanager
+    def _open(self, file: Path) -> Iterator[Any]:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                yield tensors
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{self.folder}: a weight file is damaged or missing: {file.name}: {error}",
+                fix="copy the checkpoint again",
+                path=self.folder,
+            ) from error
+
+
+def _parts(stack: str, count: int) -> list[str]:
+    """The names under which files hold the experts of a stack each alone, those of one expert together."""
+    module, _, name = stack.rpartition(".")
+    halves = ("gate_proj", "up_proj") if name == "gate_up_proj" else (name,)
+    return [f"{module}.{expert}.{half}.weight" for expert in range(count) for half in halves]
+
+
+def checked(weights: Weights, name: str, read: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor that was read, in the shape that the config.json gives it.
+
+    Raises:
+        CheckpointError: it has another one.
+    """
+    if tuple(read.shape) != shape:
+        raise CheckpointError(
+            f"{weights.folder}: {name} has the shape {tuple(read.shape)}, and its config.json makes it {shape}",
+            fix="copy the checkpoint again, with its own config.json",
+            path=weights.folder,
+        )
+    return read
+
+
+def require_whole(weights: Weights, loaded: Architecture) -> None:
+    """Refuse files that lack a weight of the model.
+
+    Raises:
+        CheckpointError: such.
+    """
+    missing = [
+        name
+        for weight in inventory(loaded)
+        for name in weight.names(text_only=loaded.is_text_only)
+        if not weights.holds(name, weight.shape)
+    ]
+    if missing:
+        raise CheckpointError(
+            f"{weights.folder}: {len(missing)} weights are in none of its {len(weights.files)} files, "
+            f"{missing[0]} first",
+            fix="a checkpoint that is whole",
+            path=weights.folder,
+            missing=missing,
+        )
+
+
+def scales_name(weight: Weight, name: str) -> str:
+    """Where a file has the scales of a weight in int8: beside a Linear's weight, below a stack's name."""
+    return f"{name}.SCB" if weight.kind == "experts" else f"{name.removesuffix('.weight')}.SCB"
+
+
+def storage_of(model: ModelSpec, loaded: Architecture) -> Storage:
+    """How the weights of a model are held: as its spec asks, or as the checkpoint's files hold them quantized.
+
+    Raises:
+        CheckpointError: they are quantized in a format that is not trained on.
+    """
+    config = quantization_of(model)
+    if config is None:
+        return Storage.of(model, loaded)
+    kind = _stored_kind(config, model.source)
+    if not Path(model.source).is_dir():
+        raise CheckpointError(
+            f"{model.source!r} is quantized already; which of its weights, its files say, and they are not here",
+            fix=f"hf download {model.source}, and ModelSpec with the folder that it prints",
+            path=model.source,
+        )
+    weights = Weights(Path(model.source))
+    names, double_quant = set(), False
+    for weight in inventory(loaded):
+        for name in weight.names(text_only=loaded.is_text_only):
+            if (scales_name(weight, name) if kind == "int8" else f"{name}.absmax") in weights:
+                names.add(name)
+                double_quant |= f"{name}.nested_absmax" in weights
+    return Storage(model.dtype, kind, double_quant, frozenset(names), stored=True)
+
+
+def _stored_kind(config: dict[str, Any], source: str) -> str:
+    """The format that a quantization_config names: "nf4" or "int8"."""
+    method = str(config.get("quant_method", "unknown"))
+    if method == "bitsandbytes":
+        if config.get("load_in_8bit"):
+            return "int8"
+        method = f"bitsandbytes {config.get('bnb_4bit_quant_type', 'fp4')}"
+        if method == "bitsandbytes nf4":
+            return "nf4"
+    raise CheckpointError(
+        f"{source} is quantized already, by {method}; qwenft trains beside weights of 16 or 32 bits, and beside "
+        "nf4 and int8 of bitsandbytes",
+        fix='the checkpoint that it was made of, with .quantize("nf4")',
+        path=source,
+        got=method,
+    )
