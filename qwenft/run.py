@@ -107,11 +107,11 @@ class Run:
 
         Args:
             path: a new or empty folder.
-            base: what it is merged into where the run's weights are quantized: those of the "checkpoint", or the
-                "dequantized" ones, with which the result computes what the run did.
+            base: what it is merged into where the run's weights are quantized: the "checkpoint" as it is, or its
+                "dequantized" weights, with which the result computes what the run did.
 
         Raises:
-            CheckpointError: the place is taken, or cannot be written; the checkpoint holds quantized weights alone.
+            CheckpointError: the place is taken or cannot be written, or the checkpoint is quantized itself.
             SpecError: no such base.
         """
         return self.plan.export(self.prepared.model, Path(path), base)

@@ -366,7 +366,7 @@ class TrainingPlan:
             raise PlanError([error("model.quantize", problem, 'recipe.with_model(model.quantize("nf4"))')])
         with new_folder(Path(path)) as folder:
             checkpoint = self.draft.checkpoint
-            write_quantized(self._folder, folder, checkpoint, Storage.of(model, checkpoint))
+            write_quantized(checkpoint_folder(model), folder, checkpoint, Storage.of(model, checkpoint))
         return attrs.evolve(model, source=os.fspath(path), revision=None, quantization=None)
 
     def summary(self) -> dict[str, Any]:

@@ -54,12 +54,14 @@ class _Routes:
     Args:
         tokens: [S] the token of each slot, sorted by expert; S is tokens times experts of a token.
         order: [S] the place of each slot in the flattened choice.
+        slots: [T, k] the slot of each choice.
         ends: [E] int32, behind the last slot of each expert.
         groups: that have a slot.
     """
 
     tokens: Tensor
     order: Tensor
+    slots: Tensor
     ends: Tensor
     groups: tuple[_Group, ...]
 
@@ -110,20 +112,22 @@ def _routes(chosen: Tensor, experts: int, together: int) -> _Routes:
     flat = chosen.flatten()
     order = flat.argsort(stable=True)
     ends = flat.bincount(minlength=experts).cumsum(0)
-    if together >= experts:
-        groups = [_Group(0, experts, slice(0, flat.numel()))]  # the host need not know how many each answers
-    else:
-        bounds = [0, *ends.tolist()]
-        firsts = range(0, experts, together)
-        groups = [
-            _Group(first, last, slice(bounds[first], bounds[last]))
-            for first in firsts
-            for last in [min(first + together, experts)]
-        ]
-    tokens = order // chosen.shape[1]
-    return _Routes(
-        tokens, order, ends.int(), tuple(group for group in groups if group.slots.start < group.slots.stop)
-    )
+    firsts = range(0, experts, together)
+    # Where all go together the host need not wait for how many each answers.
+    bounds = [0, *ends.tolist()] if together < experts else [0] * experts + [len(flat)]
+    groups = [
+        _Group(first, last, slice(bounds[first], bounds[last]))
+        for first, last in ((first, min(first + together, experts)) for first in firsts)
+        if bounds[first] < bounds[last]
+    ]
+    slots = torch.empty_like(order)
+    slots[order] = torch.arange(len(order), device=order.device)
+    return _Routes(order // chosen.shape[1], order, slots.view_as(chosen), ends.int(), tuple(groups))
+
+
+def _summed(of_slots: Tensor, routes: _Routes, weights: Tensor | None = None) -> Tensor:
+    """[S, H] to the (weighted) sums [T, H] of what belongs to each token, in the order of its choice."""
+    return F.embedding_bag(routes.slots, of_slots, mode="sum", per_sample_weights=weights)
 
 
 @attrs.frozen(eq=False)
@@ -160,21 +164,19 @@ class _RoutedExperts(torch.autograd.Function):
         routes: _Routes,
     ) -> Tensor:
         first, second = _Stack(gate_up, a1, b1, scalings[0]), _Stack(down, a2, b2, scalings[1])
-        answers = torch.zeros_like(x)
-        of_slot = weights.flatten()[routes.order].to(x.dtype)
         hidden_SF2 = x.new_empty(len(routes.order), dense_shape(gate_up)[1])
+        answers_SH = x.new_empty(len(routes.order), x.shape[1])
         for group, product in _products(routes):
-            tokens, hidden_NF2 = routes.tokens[group.slots], hidden_SF2[group.slots]
-            product.forward(x.index_select(0, tokens), first, out=hidden_NF2)
+            hidden_NF2 = hidden_SF2[group.slots]
+            product.forward(x.index_select(0, routes.tokens[group.slots]), first, out=hidden_NF2)
             gate, up = hidden_NF2.chunk(2, dim=-1)
-            y_NH = product.forward(F.silu(gate).mul_(up), second)
-            answers.index_add_(0, tokens, y_NH.mul_(of_slot[group.slots, None]))
+            product.forward(F.silu(gate).mul_(up), second, out=answers_SH[group.slots])
         # A frozen stack is held by its module in any case; saved, a quantized one loses its scales to hooks.
         trained = [stack if stack.requires_grad else None for stack in (gate_up, down)]
         ctx.save_for_backward(x, weights, hidden_SF2, a1, b1, a2, b2, *trained)
         ctx.frozen = [None if stack.requires_grad else stack for stack in (gate_up, down)]
         ctx.scalings, ctx.routes = scalings, routes
-        return answers
+        return _summed(answers_SH, routes, weights.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -184,7 +186,7 @@ class _RoutedExperts(torch.autograd.Function):
         grads = [stack.gradients(x.dtype) for stack in (first, second)]
         routes = ctx.routes
         of_slot = weights.flatten()[routes.order].to(x.dtype)
-        grad_x, grad_slots = torch.zeros_like(x), torch.empty_like(of_slot)
+        grad_SH, grad_slots = x.new_empty(len(routes.order), x.shape[1]), torch.empty_like(of_slot)
         for group, product in _products(routes):
             tokens, weight_N1 = routes.tokens[group.slots], of_slot[group.slots, None]
             grad_NH = grad.index_select(0, tokens)
@@ -197,12 +199,12 @@ class _RoutedExperts(torch.autograd.Function):
             grad_h.mul_(weight_N1)
             grad_gate = torch.ops.aten.silu_backward(grad_h * up, gate)
             grad_NF2 = torch.cat([grad_gate, grad_h.mul_(opened)], dim=-1)
-            grad_x.index_add_(0, tokens, product.backward(grad_NF2, first))
+            product.backward(grad_NF2, first, out=grad_SH[group.slots])
             product.gradients(grad_NF2, x.index_select(0, tokens), first, grads[0])
-        grad_weights = torch.empty_like(weights).flatten()
-        grad_weights[routes.order] = grad_slots.to(weights.dtype)
+        grad_weights = grad_slots[routes.slots].to(weights.dtype)
         of_pairs = [part for stack in grads for part in (stack.a, stack.b)]
-        return grad_x, grad_weights.view_as(weights), grads[0].weight, grads[1].weight, *of_pairs, None, None
+        grad_x = _summed(grad_SH, routes)
+        return grad_x, grad_weights, grads[0].weight, grads[1].weight, *of_pairs, None, None
 
 
 def _products(routes: _Routes) -> Iterator[tuple[_Group, _Product]]:
@@ -225,28 +227,27 @@ class _Product:
     last: int
     ends: Tensor
 
-    def forward(self, x: Tensor, stack: _Stack, out: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, stack: _Stack, out: Tensor) -> None:
         """[N, I] to [N, O]."""
         weight = dense_experts(stack.weight, self.first, self.last, x.dtype)
         a, b = self._pair(stack, x.dtype)
         if len(weight) == 1:
-            y = torch.mm(x, weight[0].T, out=out)
+            torch.mm(x, weight[0].T, out=out)
             if a is not None and b is not None:
                 reduced = x.new_empty(len(x), a.shape[1]).addmm_(x, a[0].T, beta=0, alpha=stack.scaling)
-                y.addmm_(reduced, b[0].T)
-            return y
-        y = F.grouped_mm(x, weight.transpose(1, 2), offs=self.ends)
+                out.addmm_(reduced, b[0].T)
+            return
+        out.copy_(F.grouped_mm(x, weight.transpose(1, 2), offs=self.ends))
         if a is not None and b is not None:
             reduced = F.grouped_mm(x, a.transpose(1, 2), offs=self.ends).mul_(stack.scaling)
-            y.add_(F.grouped_mm(reduced, b.transpose(1, 2), offs=self.ends))
-        return y if out is None else out.copy_(y)
+            out.add_(F.grouped_mm(reduced, b.transpose(1, 2), offs=self.ends))
 
-    def backward(self, grad: Tensor, stack: _Stack) -> Tensor:
+    def backward(self, grad: Tensor, stack: _Stack, out: Tensor | None = None) -> Tensor:
         """The gradient of the output [N, O] to that of the input [N, I]."""
         weight = dense_experts(stack.weight, self.first, self.last, grad.dtype)
         a, b = self._pair(stack, grad.dtype)
         if len(weight) == 1:
-            grad_x = grad @ weight[0]
+            grad_x = torch.mm(grad, weight[0], out=out)
             if a is not None and b is not None:
                 reduced = grad.new_empty(len(grad), a.shape[1]).addmm_(grad, b[0], beta=0, alpha=stack.scaling)
                 grad_x.addmm_(reduced, a[0])
@@ -255,7 +256,7 @@ class _Product:
         if a is not None and b is not None:
             reduced = F.grouped_mm(grad, b, offs=self.ends).mul_(stack.scaling)
             grad_x.add_(F.grouped_mm(reduced, a, offs=self.ends))
-        return grad_x
+        return grad_x if out is None else out.copy_(grad_x)
 
     def gradients(self, grad: Tensor, x: Tensor, stack: _Stack, out: _Stack) -> None:
         """Put the gradients of a stack where they belong, of those of the output [N, O] and the inputs [N, I]."""

@@ -11,15 +11,15 @@ import attrs
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from qwenft.errors import CheckpointError
 from qwenft.kernels.quantized import dense, dense_experts, is_quantized
 from qwenft.models.bind import causal_of
-from qwenft.models.checkpoint import INDEX, weight_files
-from qwenft.models.lora import LoraExperts
-from qwenft.models.weights import canonical, expert_part, is_quantization_state
+from qwenft.models.checkpoint import INDEX
+from qwenft.models.lora import ParamWrapper
+from qwenft.models.quantize import read_dense
+from qwenft.models.weights import Weights, canonical, expert_part, is_quantization_state, write_index
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,7 +45,7 @@ def write_merged(model: Any, source: Path, folder: Path, *, tied: bool, dequanti
     """Write a whole checkpoint into an empty folder: what was learned merged in, all other tensors copied.
 
     Tensors keep the dtype that the source stores them in, and sums are made in float32; towers that were not
-    loaded and ``mtp.*`` are copied. What the source itself holds quantized is written in bfloat16.
+    loaded and ``mtp.*`` are copied. What the source holds quantized is written in the dtype of its embeddings.
 
     Args:
         model: trained, with or without LoRA; it is left as it is.
@@ -60,23 +60,23 @@ def write_merged(model: Any, source: Path, folder: Path, *, tied: bool, dequanti
     learned = dict(_learned(model))
     computed = dict(_quantized(model)) if dequantized else {}
     placed: set[str] = set()
-    for file in weight_files(source):
-        with safe_open(file, framework="pt") as tensors:
-            merged = {}
-            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                if is_quantization_state(name):
-                    continue
-                key, part = _origin(canonical(name), tied=tied)
-                tensor = tensors.get_tensor(name)
-                dtype = tensor.dtype if tensor.dtype.is_floating_point else torch.bfloat16
-                if key in computed:
-                    tensor = computed[key](part)
-                if key in learned:
-                    placed.add(key)
-                    tensor = learned[key](tensor, part)
-                # A tensor of its own: a file holds no two views of one storage.
-                merged[name] = tensor.to(dtype, copy=True).contiguous()
-            save_file(merged, folder / file.name, metadata={"format": "pt"})
+    weights = Weights(source)
+    for file in weights.files:
+        merged = {}
+        for name, stored in weights.of_file(file):
+            if is_quantization_state(stored):
+                continue
+            key, part = _origin(name, tied=tied)
+            tensor = computed[key](part) if key in computed else read_dense(weights, name)
+            if key in learned:
+                placed.add(key)
+                tensor = learned[key](tensor, part)
+            dtype = weights.dtype(name)
+            if not dtype.is_floating_point:
+                dtype = weights.dtype("model.embed_tokens.weight")
+            # A tensor of its own: a file holds no two views of one storage.
+            merged[stored] = tensor.to(dtype, copy=True).contiguous()
+        save_file(merged, folder / file.name, metadata={"format": "pt"})
     left = sorted(set(learned) - placed)
     if left:
         raise CheckpointError(f"{source}: no place for the trained tensor {left[0]}", path=source, missing=left)
@@ -103,13 +103,10 @@ def _forget_quantization(folder: Path) -> None:
     if config.pop("quantization_config", None) is None:
         return
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    path = folder / INDEX
-    index = json.loads(path.read_text(encoding="utf-8"))
-    places = {name: file for name, file in index["weight_map"].items() if not is_quantization_state(name)}
-    total = sum((folder / file).stat().st_size for file in set(places.values()))
-    path.write_text(
-        json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2), encoding="utf-8"
-    )
+    if (folder / INDEX).exists():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        places = {name: file for name, file in index["weight_map"].items() if not is_quantization_state(name)}
+        write_index(folder, places)
 
 
 _Reader = Callable[[torch.Tensor, _Part], torch.Tensor]
@@ -124,10 +121,8 @@ def _learned(model: Any) -> Iterator[tuple[str, _Reader]]:
             adapted = True
             parameter = getattr(module, "parameter_name", "weight")
             key = canonical(f"{name.replace('.base_layer', '')}.{parameter}")
-            yield (
-                key,
-                _experts_reader(module) if isinstance(module, LoraExperts) else _merged_reader(module, parameter),
-            )
+            of_experts = isinstance(module, ParamWrapper)
+            yield key, _experts_reader(module) if of_experts else _merged_reader(module, parameter)
     if adapted:
         return
     for name, parameter in base.named_parameters():
@@ -139,7 +134,7 @@ def _trained_reader(parameter: torch.Tensor) -> _Reader:
     return lambda _, part: part.of(parameter)
 
 
-def _experts_reader(module: LoraExperts) -> _Reader:
+def _experts_reader(module: ParamWrapper) -> _Reader:
     """Adds the pairs of the experts that a tensor holds, in float32."""
 
     @torch.no_grad()

@@ -70,10 +70,10 @@ class LoraLinear8bit(_Fused, peft.tuners.lora.bnb.Linear8bitLt):
     """Beside a Linear in int8."""
 
 
-class LoraExperts(peft.tuners.lora.ParamWrapper):
+class ParamWrapper(peft.tuners.lora.ParamWrapper):
     """Beside a stack of experts: peft's own layer, which would make the whole stack anew at every call.
 
-    The pairs of its adapters go to the experts; stacks may be quantized.
+    The pairs of its adapters go to the experts; stacks may be quantized. peft knows the class by its name.
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -81,7 +81,7 @@ class LoraExperts(peft.tuners.lora.ParamWrapper):
         self._check_forward_args(x, *args, **kwargs)
         pairs: dict[str, LowRank] = {}
         module: Any = self
-        while isinstance(module, LoraExperts):
+        while isinstance(module, ParamWrapper):
             if (pair := module.pair()) is not None:
                 pairs[module.parameter_name] = pair
             module = module.base_layer
@@ -206,7 +206,7 @@ def add_lora(model: Any, config: peft.LoraConfig, *, seed: int) -> Any:
         if isinstance(module, peft.tuners.lora.ParamWrapper) and isinstance(
             module.get_base_layer(), RoutedExperts
         ):
-            module.__class__ = LoraExperts
+            module.__class__ = ParamWrapper
     return adapted
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 
 from qwenft.errors import CheckpointError
 from qwenft.family.inventory import inventory
-from qwenft.kernels.quantized import held_in_int8, held_in_nf4, quantize, quantize_experts
+from qwenft.kernels.quantized import dense, dense_shape, held_in_int8, held_in_nf4, quantize, quantize_experts
 from qwenft.models.checkpoint import INDEX
 from qwenft.models.precision import cast_matmul
 from qwenft.models.weights import (
@@ -25,6 +26,7 @@ from qwenft.models.weights import (
     expert_part,
     require_whole,
     scales_name,
+    write_index,
 )
 
 if TYPE_CHECKING:
@@ -103,15 +105,21 @@ def put_quantized(model: Any, name: str, held: torch.Tensor) -> None:
 
 
 def _stored_int8(weights: Weights, weight: Weight, name: str, device: str) -> torch.Tensor:
-    rows = checked(weights, name, weights.read(name), weight.shape)
-    scales = weights.read(scales_name(weight, name))
-    if rows.dtype != torch.int8 or scales.numel() * weight.shape[-1] != weight.size:
+    rows, scales = weights.read(name), weights.read(scales_name(weight, name))
+    if rows.dtype != torch.int8 or rows.shape != weight.shape or scales.numel() * weight.shape[-1] != weight.size:
         raise _not_whole(weights, name, "int8")
     scales = scales.to(device, torch.float32, copy=True).view(weight.shape[:-1])
     return held_in_int8(rows.to(device, copy=True), scales)
 
 
 def _stored_nf4(weights: Weights, weight: Weight, name: str, device: str) -> torch.Tensor:
+    held = _read_nf4(weights, name, device)
+    if dense_shape(held) != weight.shape:
+        raise _not_whole(weights, name, "nf4")
+    return held
+
+
+def _read_nf4(weights: Weights, name: str, device: str) -> torch.Tensor:
     parts = {
         part: weights.read(f"{name}.{part}").to(device, copy=True)
         for part in NF4_PARTS
@@ -122,10 +130,22 @@ def _stored_nf4(weights: Weights, weight: Weight, name: str, device: str) -> tor
         state = QuantState.from_dict(parts, device)
     except (KeyError, ValueError, AssertionError):
         raise _not_whole(weights, name, "nf4") from None
-    blocks = -(-weight.size // state.blocksize)
-    if (tuple(state.shape), state.absmax.numel(), packed.numel()) != (weight.shape, blocks, -(-weight.size // 2)):
+    size = math.prod(state.shape)
+    scales = (state.absmax.numel(), torch.uint8 if state.nested else torch.float32)
+    if (*scales, packed.numel()) != (-(-size // state.blocksize), state.absmax.dtype, -(-size // 2)):
         raise _not_whole(weights, name, "nf4")
     return held_in_nf4(packed.to(device, copy=True), state)
+
+
+def read_dense(weights: Weights, name: str) -> torch.Tensor:
+    """A tensor of the files; in float32 where they hold it quantized."""
+    if f"{name}.absmax" in weights:
+        return dense(_read_nf4(weights, name, "cpu"), torch.float32)
+    read = weights.read(name)
+    beside = next((n for n in (f"{name}.SCB", f"{name.removesuffix('.weight')}.SCB") if n in weights), None)
+    if read.dtype != torch.int8 or beside is None:
+        return read
+    return dense(held_in_int8(read, weights.read(beside)), torch.float32)
 
 
 def _not_whole(weights: Weights, name: str, kind: str) -> CheckpointError:
@@ -202,7 +222,6 @@ class _Shards:
         self._folder = folder
         self._tensors: dict[str, torch.Tensor] = {}
         self._written: list[list[str]] = []
-        self._total = 0
 
     def add(self, tensors: dict[str, torch.Tensor]) -> None:
         """Tensors that belong into one file."""
@@ -210,7 +229,6 @@ class _Shards:
         if self._tensors and _bytes(self._tensors) + size > _SHARD:
             self._write()
         self._tensors |= tensors
-        self._total += size
 
     def finish(self) -> None:
         """Write what is left, and the index."""
@@ -221,8 +239,7 @@ class _Shards:
             file = f"model-{number + 1:05}-of-{count:05}.safetensors"
             self._file(number).rename(self._folder / file)
             places |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(places.items()))}
-        (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_index(self._folder, places)
 
     def _write(self) -> None:
         tensors = {name: tensor.contiguous() for name, tensor in self._tensors.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from qwenft.errors import CheckpointError
 from qwenft.family.inventory import inventory
-from qwenft.models.checkpoint import quantization_of, weight_files
+from qwenft.models.checkpoint import INDEX, quantization_of, weight_files
 from qwenft.plan.storage import Storage
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 #: What bitsandbytes saves beside a packed weight.
 NF4_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
+_PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
@@ -75,6 +77,14 @@ class Weights:
         """The names of all tensors, without ``language_model``, and as they are in the files."""
         return ((name, stored) for name, (_, stored) in self._places.items())
 
+    def of_file(self, file: Path) -> Iterator[tuple[str, str]]:
+        """The names of the tensors of one file, likewise."""
+        return ((name, stored) for name, (place, stored) in self._places.items() if place == file)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """In which a tensor is stored."""
+        return self.read(name).dtype  # of it no page is read
+
     def holds(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether the files have a parameter, as one tensor or, of a stack of experts, in parts."""
         return name in self or (len(shape) == 3 and all(part in self for part in _parts(name, shape[0])))
@@ -121,12 +131,25 @@ def _parts(stack: str, count: int) -> list[str]:
     return [f"{module}.{expert}.{half}.weight" for expert in range(count) for half in halves]
 
 
+def write_index(folder: Path, places: dict[str, str]) -> None:
+    """Write which tensor is in which file."""
+    total = sum((folder / file).stat().st_size for file in set(places.values()))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
 def checked(weights: Weights, name: str, read: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor that was read, in the shape that the config.json gives it.
+    """A tensor that was read, in the shape that the config.json gives it, of 16 or 32 bits.
 
     Raises:
-        CheckpointError: it has another one.
+        CheckpointError: it is none such.
     """
+    if read.dtype not in _PLAIN:
+        raise CheckpointError(
+            f"{weights.folder}: {name} is held in {read.dtype}, and no quantization state says how",
+            fix='the checkpoint that it was made of, with .quantize("nf4")',
+            path=weights.folder,
+        )
     if tuple(read.shape) != shape:
         raise CheckpointError(
             f"{weights.folder}: {name} has the shape {tuple(read.shape)}, and its config.json makes it {shape}",

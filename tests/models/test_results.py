@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 
 import peft
 import pytest
@@ -88,16 +87,6 @@ def _logits(run, model):
             [model(input_ids=ids[None]).logits[0] for ids in batch.input_ids.split(batch.layout.lengths)],
         )
     return mine, theirs
-
-
-@pytest.fixture
-def without_fla(monkeypatch):
-    """Stock transformers on its own torch code: with FLA importable and no GPU its forward fails."""
-    for name in ("qwen3_5", "qwen3_5_moe"):
-        module = sys.modules[f"transformers.models.{name}.modeling_{name}"]
-        for function in ("torch_chunk_gated_delta_rule", "causal_conv1d_fn"):
-            current = getattr(module, function)
-            monkeypatch.setattr(module, function, getattr(current, "__wrapped__", current))
 
 
 # peft asks transformers by the older of two names.
