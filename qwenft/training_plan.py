@@ -181,7 +181,10 @@ class TrainingPlan:
     @property
     def storage(self) -> tuple[StorageRow, ...]:
         """How the weights of each role are held, and the bytes that takes; those that are trained included."""
-        return storage_rows(self.draft.architecture, self.draft.storage)
+        trained = trained_weights(self.draft.architecture, self.recipe.adapter)
+        masters = frozenset(entry.weight for entry in trained if entry.rank is None)
+        asked = self.recipe.training.master_weights
+        return storage_rows(self.draft.architecture, self.draft.storage, masters if asked else frozenset())
 
     @property
     def fingerprint(self) -> str:

@@ -210,6 +210,23 @@ def add_lora(model: Any, config: peft.LoraConfig, *, seed: int) -> Any:
     return adapted
 
 
+def require_reached(model: Any, loaded: Architecture, adapter: AdapterSpec) -> None:
+    """Refuse an adapter that reaches other weights than its plan says, or none.
+
+    Raises:
+        SpecError: such.
+    """
+    planned = sum(entry.parameters for entry in trained_weights(loaded, adapter))
+    reached = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if reached != planned:
+        raise SpecError(
+            f"the adapter has {reached:,} parameters, and its plan {planned:,}: it does not reach what was meant",
+            fix="roles (.on) instead of targets of your own, or the installed peft as qwenft requires it",
+            got=reached,
+            expected=planned,
+        )
+
+
 def base_name(parameter: str) -> str:
     """A parameter's name without what peft puts before those of the model it wraps."""
     return parameter.removeprefix("base_model.model.")

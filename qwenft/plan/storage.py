@@ -91,11 +91,20 @@ class StorageRow:
     bytes: int
 
 
-def storage_rows(loaded: Architecture, storage: Storage) -> tuple[StorageRow, ...]:
-    """The bytes of each role in each format that it is held in, in the order of the model."""
+def storage_rows(
+    loaded: Architecture, storage: Storage, masters: frozenset[Weight] = frozenset()
+) -> tuple[StorageRow, ...]:
+    """The bytes of each role in each format that it is held in, in the order of the model.
+
+    Args:
+        loaded: the model.
+        storage: how its weights are held.
+        masters: weights that are held in float32 instead, as they are trained.
+    """
     totals: dict[tuple[str, str], int] = {}
     for weight in inventory(loaded):
-        for held_in, count in storage.bytes_of(weight, text_only=loaded.is_text_only).items():
+        held = Storage("float32") if weight in masters else storage
+        for held_in, count in held.bytes_of(weight, text_only=loaded.is_text_only).items():
             totals[weight.role, held_in] = totals.get((weight.role, held_in), 0) + count
     return tuple(StorageRow(role, held_in, count) for (role, held_in), count in totals.items())
 

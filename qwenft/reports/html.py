@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-from qwenft.reports.text import coverage_rows, facts
+from qwenft.reports.text import COVERAGE, coverage_rows, facts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +30,7 @@ def render_plan(plan: TrainingPlan) -> str:
         [
             '<div style="max-width:700px">',
             html_table((), facts(plan)),
-            html_table(("role", "modules", "layers", "trained", "of"), coverage_rows(plan), right=(2, 3, 4)),
+            html_table(COVERAGE, coverage_rows(plan), right=(2, 3, 4)),
             html_table(("", "where", "finding"), findings),
             "</div>",
         ]

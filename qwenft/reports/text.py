@@ -55,8 +55,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
     )
 
 
-def coverage_rows(plan: TrainingPlan) -> list[tuple[str, str, str, str, str]]:
-    """Role, trained modules, layers, trained parameters and share of each role."""
+COVERAGE = ("role", "modules", "layers", "trained", "of", "held in")
+
+
+def coverage_rows(plan: TrainingPlan) -> list[tuple[str, ...]]:
+    """Of each role what :data:`COVERAGE` names: what is trained of it, and how its weights are held."""
+    held: dict[str, list[str]] = {}
+    for row in plan.storage:
+        held.setdefault(row.role, []).append(f"{row.held_in} {bytes_text(row.bytes)}")
     return [
         (
             row.role,
@@ -64,6 +70,7 @@ def coverage_rows(plan: TrainingPlan) -> list[tuple[str, str, str, str, str]]:
             str(row.layers or ""),
             f"{row.parameters:,}",
             f"{row.held:,}",
+            ", ".join(held[row.role]),
         )
         for row in plan.coverage
     ]
@@ -73,6 +80,9 @@ def facts(plan: TrainingPlan) -> list[tuple[str, str]]:
     """What a plan says in a line each: name and value."""
     recipe, draft = plan.recipe, plan.draft
     precision = recipe.model.dtype
+    if draft.storage.kind is not None:
+        scales = " with quantized scales" if draft.storage.double_quant else ""
+        precision += f", large matrices in {draft.storage.kind}{scales}"
     if draft.compute_dtype != precision:
         precision += f", computed in {draft.compute_dtype}"
     half = "with vision tower" if recipe.model.vision else "text half"
@@ -104,6 +114,7 @@ def training_text(training: TrainingSpec) -> str:
         ("NEFTune alpha", training.neftune_alpha),
         ("label smoothing", training.label_smoothing),
         ("z-loss", training.z_loss),
+        ("load-balancing loss", training.router_aux_loss),
         ("weight decay", training.weight_decay),
         ("gradients clipped at", training.max_grad_norm or 0),
     )
@@ -189,7 +200,7 @@ def lengths_text(data: DataReport) -> str:
 def render_plan(plan: TrainingPlan) -> str:
     """The whole plan."""
     lines = [f"{name:<11} {value}" for name, value in facts(plan)]
-    rows = table(("role", "modules", "layers", "trained", "of"), coverage_rows(plan), right=(2, 3, 4))
+    rows = table(COVERAGE, coverage_rows(plan), right=(2, 3, 4))
     findings = [f"{_LEVELS[finding.level]}: {finding}" for finding in plan.findings]
     return "\n".join([*lines, "", rows, "", *findings])
 

@@ -38,9 +38,10 @@ def refuse_renamed(cls: type, names: Iterable[str]) -> None:
     renamed: Mapping[str, str] = getattr(cls, "RENAMED", {})
     for name in names:
         if name in renamed:
+            arguments = f"(...){renamed[name]}" if renamed[name].startswith(".") else f"({renamed[name]})"
             raise SpecError(
                 f"{cls.__name__} has no argument {name!r}: it is written {renamed[name]}",
-                fix=f"{cls.__name__}({renamed[name]})",
+                fix=f"{cls.__name__}{arguments}",
                 got=name,
                 expected=renamed[name],
             )

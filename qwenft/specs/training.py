@@ -91,6 +91,8 @@ class TrainingSpec:
             weighted sum over the supervised tokens, a float32 scalar; it is given the last layer of all tokens.
         z_loss: adds so many times the squared log of the softmax's sum (arXiv:2204.02311, section 5).
         label_smoothing: the share of each target that is spread over the vocabulary.
+        router_aux_loss: adds so many times the load-balancing loss of a mixture of experts (arXiv:2101.03961),
+            over all tokens and layers of a micro-batch.
         neftune_alpha: uniform noise of alpha / sqrt(tokens of the document * hidden size) on embeddings in
             training (arXiv:2310.05914).
         activation_checkpointing: recompute every n-th layer in backward instead of keeping its activations
@@ -136,6 +138,8 @@ class TrainingSpec:
         "neftune_noise_alpha": "neftune_alpha=5.0",
         "loraplus_lr_ratio": "lora_plus_ratio=16.0",
         "label_smoothing_factor": "label_smoothing=0.1",
+        "output_router_logits": "router_aux_loss=0.001",
+        "router_aux_loss_coef": "router_aux_loss=0.001",
         "eval_steps": "evaluate_every=50",
         "save_steps": "save_every=500",
         "save_total_limit": "keep_checkpoints=2",
@@ -215,6 +219,9 @@ class TrainingSpec:
     z_loss: float = attrs.field(default=0.0, kw_only=True, validator=number("TrainingSpec(z_loss=1e-4)"))
     label_smoothing: float = attrs.field(
         default=0.0, kw_only=True, validator=number("TrainingSpec(label_smoothing=0.1)", high=1.0)
+    )
+    router_aux_loss: float = attrs.field(
+        default=0.0, kw_only=True, validator=number("TrainingSpec(router_aux_loss=0.001)")
     )
     neftune_alpha: float = attrs.field(
         default=0.0, kw_only=True, validator=number("TrainingSpec(neftune_alpha=5.0)")

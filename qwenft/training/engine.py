@@ -15,6 +15,7 @@ from qwenft.errors import CheckpointError, DataError, NonFiniteError, SpecError
 from qwenft.kernels.fusion import compile_seconds, fusion
 from qwenft.models.bind import causal_of, hidden_states
 from qwenft.models.loss import supervised_loss, supervised_positions, token_scores
+from qwenft.models.routing import recorded_routing
 from qwenft.training.allocator import keep_freed_memory
 from qwenft.training.checkpoint import read_manifest, read_tensors, require_same, write_checkpoint
 from qwenft.training.determinism import deterministic_algorithms
@@ -48,6 +49,8 @@ class Prepared:
         schedule: torch's, one step an optimizer step.
         steps_done: optimizer steps so far.
         place: behind the last of them in the data.
+        expert_counts: [layers, experts] how often each was chosen in the last step; in the last layer by
+            supervised tokens alone, which are all that reach it. None of a dense model.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Prepared:
         self.schedule = build_schedule(self.optimizer, training, corpus.report.steps)
         self.steps_done = 0
         self.place = Place()
+        self.expert_counts: torch.Tensor | None = None
         if training.activation_checkpointing:
             causal_of(model).activation_checkpointing_enable(
                 {"use_reentrant": False},
@@ -117,22 +121,34 @@ class Prepared:
         The last layer and the head are computed for supervised tokens alone, unless the loss is a function.
         """
         batch = batch.to(self.device)
-        loss = self.training.chosen_loss
-        if isinstance(loss, str):
-            total = supervised_loss(
-                *self._supervised(batch),
-                method=loss,
-                label_smoothing=self.training.label_smoothing,
-                z_loss=self.training.z_loss,
-            )
-        else:
-            total = loss(self.hidden(batch), batch, causal_of(self.model).lm_head)
+        loss, auxiliary = self.training.chosen_loss, self.training.router_aux_loss
+        with recorded_routing(self.model) as routing:
+            if isinstance(loss, str):
+                total = supervised_loss(
+                    *self._supervised(batch, everywhere=auxiliary > 0),
+                    method=loss,
+                    label_smoothing=self.training.label_smoothing,
+                    z_loss=self.training.z_loss,
+                )
+            else:
+                total = loss(self.hidden(batch), batch, causal_of(self.model).lm_head)
+        if routing.counts:
+            counts = torch.stack(routing.counts)
+            self.expert_counts = counts if self.expert_counts is None else self.expert_counts + counts
+        if auxiliary:
+            per_token = causal_of(self.model).config.get_text_config().num_experts_per_tok
+            total = total + auxiliary * batch.tokens * routing.load_balancing_loss(per_token)
         return Loss(total, batch.tokens)
 
-    def _supervised(self, batch: Batch) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor | None]:
-        """Hidden states [S, H] of the supervised positions, the head, their labels and their weights."""
+    def _supervised(
+        self, batch: Batch, *, everywhere: bool = False
+    ) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor | None]:
+        """Hidden states [S, H] of the supervised positions, the head, their labels and their weights.
+
+        With ``everywhere`` the last layer is computed for all tokens, whose routes it is asked for.
+        """
         wanted = supervised_positions(batch.labels)
-        if not len(wanted):
+        if not len(wanted) or everywhere:
             # Experts have no answer for no token.
             return self.hidden(batch), causal_of(self.model).lm_head, batch.labels, batch.weights
         weights = None if batch.weights is None else batch.weights[wanted]
@@ -156,6 +172,7 @@ class Prepared:
             raise DataError("no token of this step is trained", fix="batches of prepared.batches()", row=None)
         learning_rate, compiled_before = self._learning_rate(), compile_seconds()
         update = self._update_in_backward if self.training.optimizer_in_backward else self._update
+        self.expert_counts = None
         with self._algorithms():
             loss, grad_norm = update(batches, tokens)
         self.optimizer.zero_grad(set_to_none=True)
@@ -170,7 +187,16 @@ class Prepared:
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             compile_seconds=compile_seconds() - compiled_before,
+            **self._expert_loads(),
         )
+
+    def _expert_loads(self) -> dict[str, tuple[Any, ...]]:
+        """How the last step used the experts of each layer."""
+        if self.expert_counts is None:
+            return {}
+        counts = self.expert_counts.double()
+        busiest = counts.amax(1) / counts.mean(1)
+        return {"expert_load": tuple(busiest.tolist()), "idle_experts": tuple((counts == 0).sum(1).tolist())}
 
     @contextmanager
     def _algorithms(self) -> Iterator[None]:

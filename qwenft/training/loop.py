@@ -51,7 +51,8 @@ def train(
         prepared: model, optimizer and data.
         folder: of the run, which gets a line of metrics a step, and checkpoints.
         history: the records so far, which is continued: `step, epoch, loss, learning_rate, grad_norm, tokens,
-            stream_tokens, ranks, seconds, compile_seconds, tokens_per_second, peak_bytes, state_bytes`, and
+            stream_tokens, ranks, seconds, compile_seconds, tokens_per_second, peak_bytes, state_bytes`,
+            `expert_load, idle_experts` of a mixture of experts, and
             `held_out_loss, held_out_perplexity, held_out_accuracy, evaluation_seconds` where it was evaluated.
         listeners: who is told.
         state_bytes: of weights, gradients and optimizer, repeated in every record.
@@ -76,7 +77,7 @@ def train(
             result = prepared.step(batches)
             seconds = time.perf_counter() - started
             values = {
-                **attrs.asdict(result),
+                **{name: value for name, value in attrs.asdict(result).items() if value != ()},
                 "epoch": epoch,
                 "ranks": 1,
                 "seconds": seconds,

@@ -9,7 +9,7 @@ import torch
 from qwenft.models.bind import bind, causal_of
 from qwenft.models.elementwise import fuse_elementwise
 from qwenft.models.load import load_model
-from qwenft.models.lora import add_lora, lora_config
+from qwenft.models.lora import add_lora, lora_config, require_reached
 from qwenft.models.precision import compute_in
 from qwenft.plan.coverage import trained_weights
 from qwenft.plan.records import accumulates
@@ -56,7 +56,9 @@ def prepare_model(
     fuse_elementwise(model)
     compute_in(model, compute_dtype)
     if adapter.kind == "lora":
-        return add_lora(model, lora_config(loaded, adapter, source), seed=training.seed)
+        adapted = add_lora(model, lora_config(loaded, adapter, source), seed=training.seed)
+        require_reached(adapted, loaded, adapter)
+        return adapted
     names = {
         name
         for entry in trained_weights(loaded, adapter)

@@ -36,6 +36,9 @@ class StepResult:
         grad_norm: of all gradients together, before clipping.
         learning_rate: that it used, where a role has none of its own.
         compile_seconds: that torch.compile took of it.
+        expert_load: of a mixture of experts, how often the busiest expert of each layer was chosen, as a multiple
+            of an even share.
+        idle_experts: how many of each layer were not chosen.
     """
 
     step: int
@@ -45,6 +48,8 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     compile_seconds: float
+    expert_load: tuple[float, ...] = ()
+    idle_experts: tuple[int, ...] = ()
 
 
 @attrs.frozen

@@ -12,7 +12,7 @@ from qwenft.specs.adapter import AdapterSpec
 from qwenft.specs.attention import AttentionSpec
 from qwenft.specs.codec import Codec
 from qwenft.specs.data import DataSpec
-from qwenft.specs.model import ModelSpec
+from qwenft.specs.model import ModelSpec, Quantization
 from qwenft.specs.parallel import ParallelSpec
 from qwenft.specs.training import TrainingSpec
 
@@ -20,6 +20,7 @@ MODEL = ModelSpec("qwen3.5-4b")
 DATA = DataSpec.messages("chats.jsonl")
 EXAMPLES = {
     ModelSpec: MODEL,
+    Quantization: Quantization("nf4", double_quant=True),
     AdapterSpec: AdapterSpec.lora(),
     AttentionSpec: AttentionSpec(),
     DataSpec: DATA,
@@ -243,6 +244,11 @@ ILL_TYPED = [
         ["bf16", "float16", None, 32, ["float32"]],
     ),
     (ModelSpec, "vision", "True or False", NOT_FLAG),
+    (ModelSpec, "quantization", "a Quantization or None", ["nf4", True, {}]),
+    (Quantization, "kind", "one of 'nf4', 'int8'", ["fp4", "gptq", None, 4]),
+    (Quantization, "double_quant", "True or False", NOT_FLAG),
+    (Quantization, "experts", "True or False", NOT_FLAG),
+    (Quantization, "vision", "True or False", NOT_FLAG),
     (AdapterSpec, "kind", "one of 'lora', 'full'", ["qlora", None, 1]),
     (AdapterSpec, "rank", WHOLE_1, [0, -1, None, *NOT_WHOLE]),
     (AdapterSpec, "alpha", "a number above 0", [0, -1, None, *NOT_NUMBER]),
@@ -380,6 +386,7 @@ ILL_TYPED = [
         "True, False, or n for every n-th layer",
         [-1, None, "yes", 1.5, [1]],
     ),
+    (TrainingSpec, "router_aux_loss", "a number of at least 0", [-1e-3, None, *NOT_NUMBER]),
     (TrainingSpec, "compile_elementwise", "True or False", NOT_FLAG),
     (TrainingSpec, "activation_offloading", "True or False", NOT_FLAG),
     (TrainingSpec, "optimizer_in_backward", "True or False", NOT_FLAG),
@@ -426,6 +433,34 @@ RENAMED = {
     "eager_attention": 'full="eager"',
     "attn_implementation": 'full="sdpa"',
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("load_in_4bit", '.quantize("nf4")'),
+        ("load_in_8bit", '.quantize("int8")'),
+        ("quantization_config", '.quantize("nf4")'),
+        ("torch_dtype", 'dtype="bfloat16"'),
+    ],
+)
+def test_arguments_of_transformers_are_refused_with_what_to_write(name, written):
+    """They are methods or have another name here."""
+    fix = f"ModelSpec(...){written}" if written.startswith(".") else f"ModelSpec({written})"
+    message = re.escape(f"ModelSpec has no argument {name!r}: it is written {written}\n  Fix: {fix}")
+    with pytest.raises(SpecError, match=message):
+        ModelSpec("qwen3.5-4b", **{name: True})
+
+
+def test_quantize_says_what_is_held_in_few_bits():
+    """Scales of nf4 are quantized unless told otherwise, and those of int8 cannot be."""
+    assert (
+        MODEL.quantize() == MODEL.quantize("nf4", double_quant=True) != MODEL.quantize("nf4", double_quant=False)
+    )
+    assert MODEL.quantize().quantization == Quantization("nf4", double_quant=True, experts=True, vision=False)
+    assert MODEL.quantize("int8").quantization.double_quant is False
+    with pytest.raises(SpecError, match=r"the scales of int8 are not quantized\n  Fix: \.quantize\(\"int8\"\)"):
+        MODEL.quantize("int8", double_quant=True)
 
 
 @pytest.mark.parametrize("beside", [{}, {"full": "sdpa"}, {"linear": "torch"}], ids=str)

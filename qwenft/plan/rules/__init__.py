@@ -38,6 +38,7 @@ RULES: tuple[Callable[[Draft], Iterator[Finding]], ...] = (
     training.schedule_fields,
     training.learning_rates,
     training.loss_fields,
+    training.router_loss,
     training.cut_cross_entropy,
     training.trained_precision,
     memory.has_a_host,

@@ -85,6 +85,16 @@ def loss_fields(draft: Draft) -> Iterator[Finding]:
             yield error(f"training.{name}", '"cce" has none', f'loss="chunked", or no {name}')
 
 
+def router_loss(draft: Draft) -> Iterator[Finding]:
+    """Balance experts where there are some."""
+    if draft.training.router_aux_loss and not draft.architecture.is_moe:
+        yield error(
+            "training.router_aux_loss",
+            f"{draft.checkpoint.name} is dense: it has no router",
+            "leave router_aux_loss out",
+        )
+
+
 def cut_cross_entropy(draft: Draft) -> Iterator[Finding]:
     """Where cut cross entropy runs, and where it would lose precision."""
     if draft.training.loss != "cce":

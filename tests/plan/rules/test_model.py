@@ -2,6 +2,7 @@
 
 import re
 
+import attrs
 import pytest
 
 from qwenft.family.architectures import FAMILY
@@ -193,3 +194,46 @@ def test_what_is_not_adapted_is_told():
         "adapter: not adapted: linear_attention_gates, routed_experts, router, embeddings, lm_head",
     )
     assert found(recipe("qwen3.5-35b-a3b", adapter=AdapterSpec.full()), "adapter", "note") == []
+
+
+NF4 = ModelSpec("qwen3.5-35b-a3b").quantize("nf4")
+
+
+def test_quantized_weights_are_not_trained():
+    """Full fine-tuning of quantized weights is an error; LoRA beside them is none."""
+    full = recipe(NF4, adapter=AdapterSpec.full())
+    assert one(full, "model.quantize") == (
+        "model.quantize: full fine-tuning trains the weights themselves, and nf4 can only be read\n"
+        '     Fix: AdapterSpec.lora(), or weights of 16 bits with optimizer="adamw_8bit"'
+    )
+    for model in (NF4, NF4.quantize("int8"), NF4.quantize("nf4", experts=False)):
+        assert found(recipe(model), "model.quantize") == []
+
+
+def test_a_tower_is_quantized_where_there_is_one():
+    """``vision=True`` without a tower would be without effect."""
+    asked = NF4.quantize("nf4", vision=True)
+    assert "none is loaded" in one(recipe(asked), "model.quantize")
+    assert found(recipe(asked.with_vision()), "model.quantize") == []
+
+
+def test_experts_of_odd_sizes_are_not_cut_into_blocks(checkpoint):
+    """nf4 takes 64 weights at a time, and an expert must hold a whole number of them."""
+    family = FAMILY["qwen3.5-35b-a3b"]
+    odd = attrs.evolve(family, hidden_size=2056, experts=attrs.evolve(family.experts, intermediate_size=4))
+    model = ModelSpec(checkpoint(odd))
+    assert one(recipe(model.quantize("nf4")), "model.quantize") == (
+        "model.quantize: an expert's down_proj has 8,224 weights, and nf4 takes blocks of 64\n"
+        '     Fix: .quantize("int8"), or .quantize("nf4", experts=False)'
+    )
+    for other in (model.quantize("int8"), model.quantize("nf4", experts=False), model):
+        assert found(recipe(other), "model.quantize") == []
+
+
+@pytest.mark.parametrize("option", ["dropout", "dora"])
+def test_experts_take_neither_dropout_nor_dora(option):
+    """Quantized or not."""
+    value = 0.1 if option == "dropout" else True
+    for model in (NF4, ModelSpec("qwen3.5-35b-a3b")):
+        asked = AdapterSpec.lora(**{option: value}).on("routed_experts", "full_attention")
+        assert f"peft has no {option} on bare parameters" in one(recipe(model, adapter=asked), f"adapter.{option}")

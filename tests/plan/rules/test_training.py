@@ -160,3 +160,10 @@ def test_cut_cross_entropy_needs_a_gpu_and_a_head_that_is_not_trained():
     assert "trained output head up in 16 bits" in one(trained, "training.loss", machine=GPU)
     wide = recipe(ModelSpec("qwen3.5-4b", dtype="float32"), data=DATA, training=TrainingSpec(loss="cce"))
     assert '"cce" computes in 16 bits only' in one(wide, "training.loss", machine=GPU)
+
+
+def test_a_dense_model_has_no_router_to_balance():
+    """The load-balancing loss is for a mixture of experts."""
+    training = TrainingSpec(router_aux_loss=0.001)
+    assert "has no router" in one(recipe("qwen3.5-4b", training=training), "training.router_aux_loss")
+    assert found(recipe("qwen3.5-35b-a3b", training=training), "training.router_aux_loss") == []
