@@ -110,5 +110,7 @@ def test_an_adapter_that_reaches_something_else_is_refused(moe_checkpoint):
     prepared = prepared_with(moe_checkpoint, 0.0)
     loaded = qf.Recipe(qf.ModelSpec(moe_checkpoint)).compile().architecture
     require_reached(prepared.model, loaded, LORA)
-    with pytest.raises(qf.SpecError, match=r"has 33,936 parameters, and its plan 9,872: it does not reach what was meant"):
+    with pytest.raises(
+        qf.SpecError, match=r"has 33,936 parameters, and its plan 9,872: it does not reach what was meant"
+    ):
         require_reached(prepared.model, loaded, LORA.on("full_attention", "shared_expert", "router"))
