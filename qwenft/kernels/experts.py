@@ -56,6 +56,7 @@ class _Routes:
         order: [S] the place of each slot in the flattened choice.
         slots: [T, k] the slot of each choice.
         ends: [E] int32, behind the last slot of each expert.
+        idle: the experts without a slot.
         groups: that have a slot.
     """
 
@@ -63,6 +64,7 @@ class _Routes:
     order: Tensor
     slots: Tensor
     ends: Tensor
+    idle: Tensor
     groups: tuple[_Group, ...]
 
 
@@ -111,7 +113,8 @@ def _together(x: Tensor, stack: Tensor) -> int:
 def _routes(chosen: Tensor, experts: int, together: int) -> _Routes:
     flat = chosen.flatten()
     order = flat.argsort(stable=True)
-    ends = flat.bincount(minlength=experts).cumsum(0)
+    counts = flat.bincount(minlength=experts)
+    ends = counts.cumsum(0)
     firsts = range(0, experts, together)
     # Where all go together the host need not wait for how many each answers.
     bounds = [0, *ends.tolist()] if together < experts else [0] * experts + [len(flat)]
@@ -122,7 +125,8 @@ def _routes(chosen: Tensor, experts: int, together: int) -> _Routes:
     ]
     slots = torch.empty_like(order)
     slots[order] = torch.arange(len(order), device=order.device)
-    return _Routes(order // chosen.shape[1], order, slots.view_as(chosen), ends.int(), tuple(groups))
+    idle = (counts == 0).nonzero()[:, 0]
+    return _Routes(order // chosen.shape[1], order, slots.view_as(chosen), ends.int(), idle, tuple(groups))
 
 
 def _summed(of_slots: Tensor, routes: _Routes, weights: Tensor | None = None) -> Tensor:
@@ -139,13 +143,21 @@ class _Stack:
     b: Tensor | None
     scaling: float = 0.0
 
-    def gradients(self, dtype: torch.dtype) -> _Stack:
-        """Zeros for what is trained."""
-        return _Stack(_zeros(self.weight, dtype), _zeros(self.a, dtype), _zeros(self.b, dtype))
+    @property
+    def are_asked(self) -> bool:
+        """Whether there is a gradient among them."""
+        return any(part is not None for part in (self.weight, self.a, self.b))
+
+    def gradients(self, dtype: torch.dtype, idle: Tensor) -> _Stack:
+        """Room for those of what is trained, zero for experts without a slot."""
+        weight, a, b = (_room(part, dtype, idle) for part in (self.weight, self.a, self.b))
+        return _Stack(weight, a, b)
 
 
-def _zeros(like: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if like is None or not like.requires_grad else torch.zeros_like(like, dtype=dtype)
+def _room(like: Tensor | None, dtype: torch.dtype, idle: Tensor) -> Tensor | None:
+    if like is None or not like.requires_grad:
+        return None
+    return torch.empty_like(like, dtype=dtype).index_fill_(0, idle, 0)
 
 
 class _RoutedExperts(torch.autograd.Function):
@@ -173,7 +185,9 @@ class _RoutedExperts(torch.autograd.Function):
             product.forward(F.silu(gate).mul_(up), second, out=answers_SH[group.slots])
         # A frozen stack is held by its module in any case; saved, a quantized one loses its scales to hooks.
         trained = [stack if stack.requires_grad else None for stack in (gate_up, down)]
-        ctx.save_for_backward(x, weights, hidden_SF2, a1, b1, a2, b2, *trained)
+        learns = any(part is not None and part.requires_grad for part in (gate_up, a1, b1))
+        kept = x if learns else None
+        ctx.save_for_backward(kept, weights, hidden_SF2, a1, b1, a2, b2, *trained)
         ctx.frozen = [None if stack.requires_grad else stack for stack in (gate_up, down)]
         ctx.scalings, ctx.routes = scalings, routes
         return _summed(answers_SH, routes, weights.to(x.dtype))
@@ -183,10 +197,10 @@ class _RoutedExperts(torch.autograd.Function):
         x, weights, hidden_SF2, a1, b1, a2, b2, *trained = ctx.saved_tensors
         gate_up, down = (kept if held is None else held for held, kept in zip(ctx.frozen, trained, strict=True))
         first, second = _Stack(gate_up, a1, b1, ctx.scalings[0]), _Stack(down, a2, b2, ctx.scalings[1])
-        grads = [stack.gradients(x.dtype) for stack in (first, second)]
+        of_first, of_second = (stack.gradients(grad.dtype, ctx.routes.idle) for stack in (first, second))
         routes = ctx.routes
-        of_slot = weights.flatten()[routes.order].to(x.dtype)
-        grad_SH, grad_slots = x.new_empty(len(routes.order), x.shape[1]), torch.empty_like(of_slot)
+        of_slot = weights.flatten()[routes.order].to(grad.dtype)
+        grad_SH, grad_slots = grad.new_empty(len(routes.order), grad.shape[1]), torch.empty_like(of_slot)
         for group, product in _products(routes):
             tokens, weight_N1 = routes.tokens[group.slots], of_slot[group.slots, None]
             grad_NH = grad.index_select(0, tokens)
@@ -195,16 +209,17 @@ class _RoutedExperts(torch.autograd.Function):
             h_NF = opened * up
             grad_h = product.backward(grad_NH, second)
             grad_slots[group.slots] = (grad_h * h_NF).sum(-1)
-            product.gradients(grad_NH, h_NF.mul_(weight_N1), second, grads[1])
+            if of_second.are_asked:
+                product.gradients(grad_NH, h_NF.mul_(weight_N1), second, of_second)
             grad_h.mul_(weight_N1)
             grad_gate = torch.ops.aten.silu_backward(grad_h * up, gate)
             grad_NF2 = torch.cat([grad_gate, grad_h.mul_(opened)], dim=-1)
             product.backward(grad_NF2, first, out=grad_SH[group.slots])
-            product.gradients(grad_NF2, x.index_select(0, tokens), first, grads[0])
+            if of_first.are_asked:
+                product.gradients(grad_NF2, x.index_select(0, tokens), first, of_first)
+        of_pairs = (of_first.a, of_first.b, of_second.a, of_second.b)
         grad_weights = grad_slots[routes.slots].to(weights.dtype)
-        of_pairs = [part for stack in grads for part in (stack.a, stack.b)]
-        grad_x = _summed(grad_SH, routes)
-        return grad_x, grad_weights, grads[0].weight, grads[1].weight, *of_pairs, None, None
+        return _summed(grad_SH, routes), grad_weights, of_first.weight, of_second.weight, *of_pairs, None, None
 
 
 def _products(routes: _Routes) -> Iterator[tuple[_Group, _Product]]:

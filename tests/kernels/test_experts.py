@@ -129,6 +129,23 @@ def test_weights_in_bfloat16_are_multiplied_in_float32(routes, stacks):
         assert torch.equal(mine, its.bfloat16())
 
 
+@pytest.mark.parametrize("rank", [4, 8])
+def test_grouped_products_in_16_bits(routes, stacks, rank):
+    """Together in bfloat16, as on a GPU: what one by one gives but for rounding, for odd ranks too."""
+    x, (chosen, weights) = random(TOKENS, HIDDEN).detach().bfloat16().requires_grad_(), routes
+    first, second = ({"a": p.a.detach().requires_grad_(), "b": p.b.detach().requires_grad_()} for p in pairs(rank))
+    held = [stack.detach().bfloat16() for stack in stacks]
+    inputs = [x, *first.values(), *second.values()]
+    results = []
+    for together in (1, EXPERTS):
+        options = {"gate_up_lora": LowRank(**first, scaling=0.1), "down_lora": LowRank(**second, scaling=0.1)}
+        y = routed_experts(x, chosen, weights, *held, **options, together=together)
+        assert y.dtype == torch.bfloat16
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
+    for one, together in zip(*results, strict=True):
+        assert (one - together).abs().max() <= 3e-2 * one.abs().max()
+
+
 def test_only_experts_that_are_asked_are_made_dense(routes, stacks, monkeypatch):
     """Of the others nothing is made, and never is more than one dense at a time on a CPU."""
     x, (chosen, weights) = random(TOKENS, HIDDEN), routes

@@ -14,6 +14,7 @@ import qwenft as qf
 from qwenft.kernels.quantized import dense, is_quantized
 from qwenft.models.bind import causal_of
 from qwenft.models.precision import CastRouter, RoutedExperts
+from qwenft.models.weights import canonical
 
 from .helpers import relative
 
@@ -33,13 +34,17 @@ CASES = {
     "nf4-rslora": ("moe", "nf4", {"double_quant": False}, qf.AdapterSpec.lora(rank=4, rslora=True).on(*ALL)),
     "plain-experts": ("moe", "nf4", {"experts": False}, EXPERTS),
     "frozen-experts": ("moe", "nf4", {}, qf.AdapterSpec.lora(rank=4)),
+    "tower": ("dense", "nf4", {"vision": True}, qf.AdapterSpec.lora(rank=4)),
+    "int8-tower": ("moe", "int8", {"vision": True}, EXPERTS),
 }
 
 
 def plan_of(case, checkpoints, **training):
     kind, quantization, options, adapter = CASES[case]
     return qf.Recipe(
-        qf.ModelSpec(checkpoints[kind], dtype="float32").quantize(quantization, **options),
+        qf.ModelSpec(checkpoints[kind], dtype="float32", vision="vision" in options).quantize(
+            quantization, **options
+        ),
         qf.DataSpec.messages(CHATS).with_max_length(64).pack(),
         adapter,
         training=qf.TrainingSpec(**{"learning_rate": 1e-2, "epochs": 3, "warmup_ratio": 0.0, **training}),
@@ -71,14 +76,14 @@ def logits(run, model):
 
 
 def dense_base(run):
-    """The stock model with the weights that the run computes with."""
-    base = transformers.AutoModelForCausalLM.from_pretrained(run.plan.recipe.model.source)
-    held = {name.replace(".base_layer", ""): p for name, p in causal_of(run.prepared.model).named_parameters()}
+    """The stock class that is published, with the weights that the run computes with."""
+    base = transformers.AutoModelForImageTextToText.from_pretrained(run.plan.recipe.model.source)
+    named = {canonical(name): parameter for name, parameter in base.named_parameters()}
     count = 0
     with torch.no_grad():
-        for name, parameter in base.named_parameters():
-            if is_quantized(held[name]):
-                parameter.copy_(dense(held[name], torch.float32))
+        for name, held in causal_of(run.prepared.model).named_parameters():
+            if is_quantized(held):
+                named[canonical(name.replace(".base_layer", ""))].copy_(dense(held, torch.float32))
                 count += 1
     assert count > 10
     return base
@@ -95,10 +100,7 @@ PEFT_WARNS = (
 @pytest.mark.usefixtures("without_fla")
 def test_adapter_in_stock_peft_gives_the_runs_logits(run):
     """The saved adapter, put by stock peft on the unquantized stock class with the dequantized weights."""
-    # Names in the file are those of the vision-language class, of which this is the text half.
-    base = transformers.AutoModelForImageTextToText.from_pretrained(run.plan.recipe.model.source)
-    base.model.language_model.load_state_dict(dense_base(run).model.state_dict())
-    mine, theirs = logits(run, peft.PeftModel.from_pretrained(base, run.adapter_path).eval())
+    mine, theirs = logits(run, peft.PeftModel.from_pretrained(dense_base(run), run.adapter_path).eval())
     assert relative(mine, theirs) < 1e-5
 
 
@@ -190,6 +192,23 @@ def test_a_run_goes_on_from_its_checkpoint(case, checkpoints, tmp_path):
     again = plan_of(case, checkpoints).prepare()
     again.load(tmp_path / "checkpoint")
     assert [again.step(batches).loss for batches in steps[1:]] == wanted
+
+
+def test_weights_in_bfloat16_and_a_quantized_tower_answer(checkpoints):
+    """Stored in 16 and 4 bits and computed in float32, every part of the model runs, with its cache too."""
+    spec = qf.ModelSpec(checkpoints["moe"], vision=True).quantize("nf4", vision=True)
+    plan = plan_of("nf4-experts", checkpoints).recipe.with_model(spec).compile()
+    prepared = plan.prepare()
+    assert prepared.step(next(prepared.batches())).loss > 0
+    model = prepared.model.eval()
+    ids = prepared.tokenizer("Say one", return_tensors="pt")["input_ids"]
+    generated = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
+    for _ in range(len(generated)):
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert ids[0, -len(generated) :].tolist() == generated.tolist()
+    pixels = torch.randn(64, 3 * 2 * 16 * 16)
+    features = causal_of(model).model.visual(pixels, torch.tensor([[1, 8, 8]]))
+    assert features.last_hidden_state.isfinite().all()
 
 
 def test_a_run_from_a_quantized_copy_is_the_same(checkpoints, tmp_path):
