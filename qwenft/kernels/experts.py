@@ -56,7 +56,6 @@ class _Routes:
         order: [S] the place of each slot in the flattened choice.
         slots: [T, k] the slot of each choice.
         ends: [E] int32, behind the last slot of each expert.
-        idle: the experts without a slot.
         groups: that have a slot.
     """
 
@@ -64,8 +63,12 @@ class _Routes:
     order: Tensor
     slots: Tensor
     ends: Tensor
-    idle: Tensor
     groups: tuple[_Group, ...]
+
+    @property
+    def idle(self) -> Tensor:
+        """The experts without a slot."""
+        return (torch.diff(self.ends, prepend=self.ends.new_zeros(1)) == 0).nonzero()[:, 0]
 
 
 def routed_experts(
@@ -113,8 +116,7 @@ def _together(x: Tensor, stack: Tensor) -> int:
 def _routes(chosen: Tensor, experts: int, together: int) -> _Routes:
     flat = chosen.flatten()
     order = flat.argsort(stable=True)
-    counts = flat.bincount(minlength=experts)
-    ends = counts.cumsum(0)
+    ends = flat.bincount(minlength=experts).cumsum(0)
     firsts = range(0, experts, together)
     # Where all go together the host need not wait for how many each answers.
     bounds = [0, *ends.tolist()] if together < experts else [0] * experts + [len(flat)]
@@ -125,8 +127,7 @@ def _routes(chosen: Tensor, experts: int, together: int) -> _Routes:
     ]
     slots = torch.empty_like(order)
     slots[order] = torch.arange(len(order), device=order.device)
-    idle = (counts == 0).nonzero()[:, 0]
-    return _Routes(order // chosen.shape[1], order, slots.view_as(chosen), ends.int(), idle, tuple(groups))
+    return _Routes(order // chosen.shape[1], order, slots.view_as(chosen), ends.int(), tuple(groups))
 
 
 def _summed(of_slots: Tensor, routes: _Routes, weights: Tensor | None = None) -> Tensor:
@@ -148,16 +149,16 @@ class _Stack:
         """Whether there is a gradient among them."""
         return any(part is not None for part in (self.weight, self.a, self.b))
 
-    def gradients(self, dtype: torch.dtype, idle: Tensor) -> _Stack:
+    def gradients(self, dtype: torch.dtype, routes: _Routes) -> _Stack:
         """Room for those of what is trained, zero for experts without a slot."""
-        weight, a, b = (_room(part, dtype, idle) for part in (self.weight, self.a, self.b))
+        weight, a, b = (_room(part, dtype, routes) for part in (self.weight, self.a, self.b))
         return _Stack(weight, a, b)
 
 
-def _room(like: Tensor | None, dtype: torch.dtype, idle: Tensor) -> Tensor | None:
+def _room(like: Tensor | None, dtype: torch.dtype, routes: _Routes) -> Tensor | None:
     if like is None or not like.requires_grad:
         return None
-    return torch.empty_like(like, dtype=dtype).index_fill_(0, idle, 0)
+    return torch.empty_like(like, dtype=dtype).index_fill_(0, routes.idle, 0)
 
 
 class _RoutedExperts(torch.autograd.Function):
@@ -197,7 +198,7 @@ class _RoutedExperts(torch.autograd.Function):
         x, weights, hidden_SF2, a1, b1, a2, b2, *trained = ctx.saved_tensors
         gate_up, down = (kept if held is None else held for held, kept in zip(ctx.frozen, trained, strict=True))
         first, second = _Stack(gate_up, a1, b1, ctx.scalings[0]), _Stack(down, a2, b2, ctx.scalings[1])
-        of_first, of_second = (stack.gradients(grad.dtype, ctx.routes.idle) for stack in (first, second))
+        of_first, of_second = (stack.gradients(grad.dtype, ctx.routes) for stack in (first, second))
         routes = ctx.routes
         of_slot = weights.flatten()[routes.order].to(grad.dtype)
         grad_SH, grad_slots = grad.new_empty(len(routes.order), grad.shape[1]), torch.empty_like(of_slot)
