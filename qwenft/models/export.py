@@ -11,14 +11,14 @@ import attrs
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
 
 from qwenft.errors import CheckpointError
 from qwenft.kernels.quantized import dense, dense_experts, is_quantized
 from qwenft.models.bind import causal_of
 from qwenft.models.checkpoint import INDEX
 from qwenft.models.lora import ParamWrapper
-from qwenft.models.quantize import read_dense
+from qwenft.models.quantize import read_dense, stored_shape
+from qwenft.models.safetensors_file import TensorFile
 from qwenft.models.weights import Weights, canonical, expert_part, is_quantization_state, write_index
 
 if TYPE_CHECKING:
@@ -61,22 +61,21 @@ def write_merged(model: Any, source: Path, folder: Path, *, tied: bool, dequanti
     computed = dict(_quantized(model)) if dequantized else {}
     placed: set[str] = set()
     weights = Weights(source)
+    dtype, _ = weights.entry("model.embed_tokens.weight")  # of what the source holds quantized
     for file in weights.files:
-        merged = {}
-        for name, stored in weights.of_file(file):
-            if is_quantization_state(stored):
-                continue
-            key, part = _origin(name, tied=tied)
-            tensor = computed[key](part) if key in computed else read_dense(weights, name)
-            if key in learned:
-                placed.add(key)
-                tensor = learned[key](tensor, part)
-            dtype = weights.dtype(name)
-            if not dtype.is_floating_point:
-                dtype = weights.dtype("model.embed_tokens.weight")
-            # A tensor of its own: a file holds no two views of one storage.
-            merged[stored] = tensor.to(dtype, copy=True).contiguous()
-        save_file(merged, folder / file.name, metadata={"format": "pt"})
+        names = {stored: name for name, stored in weights.of_file(file) if not is_quantization_state(stored)}
+        announced = {
+            stored: weights.entry(name) if (shape := stored_shape(weights, name)) is None else (dtype, shape)
+            for stored, name in names.items()
+        }
+        with TensorFile(folder / file.name, announced, {"format": "pt"}) as written:
+            for stored, name in names.items():
+                key, part = _origin(name, tied=tied)
+                tensor = computed[key](part) if key in computed else read_dense(weights, name)
+                if key in learned:
+                    placed.add(key)
+                    tensor = learned[key](tensor, part)
+                written.write(stored, tensor)
     left = sorted(set(learned) - placed)
     if left:
         raise CheckpointError(f"{source}: no place for the trained tensor {left[0]}", path=source, missing=left)

@@ -137,6 +137,14 @@ def _read_nf4(weights: Weights, name: str, device: str) -> torch.Tensor:
     return held_in_nf4(packed.to(device, copy=True), state)
 
 
+def stored_shape(weights: Weights, name: str) -> tuple[int, ...] | None:
+    """The shape of a weight that the files hold quantized; None of any other tensor."""
+    if f"{name}.absmax" in weights:
+        return tuple(dense_shape(_read_nf4(weights, name, "cpu")))
+    dtype, shape = weights.entry(name)
+    return shape if dtype == "I8" else None
+
+
 def read_dense(weights: Weights, name: str) -> torch.Tensor:
     """A tensor of the files; in float32 where they hold it quantized."""
     if f"{name}.absmax" in weights:

@@ -81,9 +81,12 @@ class Weights:
         """The names of the tensors of one file, likewise."""
         return ((name, stored) for name, (place, stored) in self._places.items() if place == file)
 
-    def dtype(self, name: str) -> torch.dtype:
-        """In which a tensor is stored."""
-        return self.read(name).dtype  # of it no page is read
+    def entry(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """The dtype, as the file names it, and the shape of a tensor; nothing of it is read."""
+        file, stored = self._places[canonical(name)]
+        with self._open(file) as tensors:
+            part = tensors.get_slice(stored)
+            return part.get_dtype(), tuple(part.get_shape())
 
     def holds(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether the files have a parameter, as one tensor or, of a stack of experts, in parts."""

@@ -169,7 +169,7 @@ def test_a_failed_export_leaves_nothing(run, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qwenft.models.export.save_file", full)
+    monkeypatch.setattr("qwenft.models.export.TensorFile.write", full)
     with pytest.raises(qf.CheckpointError, match="No space left"):
         run.export(tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
