@@ -33,7 +33,7 @@ def entries(path):
 
 def test_what_is_written_is_what_safetensors_reads(tmp_path):
     """Every dtype and shape, to the bit, with the metadata."""
-    save_file(TENSORS, tmp_path / "wanted.safetensors")
+    save_file(TENSORS, tmp_path / "wanted.safetensors", metadata={"format": "pt"})
     announced = entries(tmp_path / "wanted.safetensors")
     path = tmp_path / "file.safetensors"
     with TensorFile(path, announced, {"format": "pt"}) as written:
