@@ -10,6 +10,7 @@ from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
 
 import qwenft as qf
 from qwenft.models.lora import require_reached
+from qwenft.training import prepare
 
 from .helpers import recipe
 
@@ -114,3 +115,17 @@ def test_an_adapter_that_reaches_something_else_is_refused(moe_checkpoint):
         qf.SpecError, match=r"has 33,936 parameters, and its plan 9,872: it does not reach what was meant"
     ):
         require_reached(prepared.model, loaded, LORA.on("full_attention", "shared_expert", "router"))
+
+
+def test_a_run_whose_adapter_misses_something_does_not_begin(moe_checkpoint, monkeypatch):
+    """As when another version of peft finds no stack of experts."""
+    build = prepare.lora_config
+
+    def without_parameters(*arguments):
+        config = build(*arguments)
+        config.target_parameters = None
+        return config
+
+    monkeypatch.setattr(prepare, "lora_config", without_parameters)
+    with pytest.raises(qf.SpecError, match="does not reach what was meant"):
+        prepared_with(moe_checkpoint, 0.0)
