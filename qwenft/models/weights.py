@@ -1,4 +1,7 @@
-"""The tensors of a checkpoint's files, by the names that parameters have in memory."""
+"""The tensors of a checkpoint's files, by the names that parameters have in memory.
+
+A plan looks at their names through this file, and so it loads no torch until a tensor is read.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from qwenft.errors import CheckpointError
@@ -19,13 +21,14 @@ from qwenft.plan.storage import Storage
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import torch
+
     from qwenft.family.architectures import Architecture
     from qwenft.family.inventory import Weight
     from qwenft.specs.model import ModelSpec
 
 #: What bitsandbytes saves beside a packed weight.
 NF4_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
-_PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
@@ -108,6 +111,8 @@ class Weights:
                 with self._open(file) as tensors:
                     yield tensors.get_slice(stored)[expert]
         else:
+            import torch
+
             parts = _parts(name, count)
             for expert in range(count):
                 of_expert = parts[expert * len(parts) // count : (expert + 1) * len(parts) // count]
@@ -147,7 +152,7 @@ def checked(weights: Weights, name: str, read: torch.Tensor, shape: tuple[int, .
     Raises:
         CheckpointError: it is none such.
     """
-    if read.dtype not in _PLAIN:
+    if not read.dtype.is_floating_point or read.dtype.itemsize == 1:
         raise CheckpointError(
             f"{weights.folder}: {name} is held in {read.dtype}, and no quantization state says how",
             fix='the checkpoint that it was made of, with .quantize("nf4")',
