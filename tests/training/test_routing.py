@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import attrs
 import pytest
 import torch
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
@@ -59,6 +60,19 @@ def test_the_loss_that_is_added_is_that_of_transformers(moe_checkpoint, every, l
     got.backward()
     for name, parameter in plain.trained.items():
         assert torch.allclose(balanced.trained[name].grad, parameter.grad, rtol=1e-4, atol=1e-5), name
+
+
+def test_routers_are_left_as_they_were(moe_checkpoint):
+    """Nothing listens to them when the loss is made, and an error in between changes nothing of that."""
+    prepared = prepared_with(moe_checkpoint, COEFFICIENT)
+    batch = next(prepared.batches())[0]
+    routers = [m for m in prepared.model.modules() if isinstance(m, moe.Qwen3_5MoeTopKRouter)]
+    assert len(routers) == 4
+    prepared.loss(batch)
+    assert not any(router._forward_hooks for router in routers)
+    with pytest.raises(IndexError):
+        prepared.loss(attrs.evolve(batch, input_ids=batch.input_ids + 10**6))
+    assert not any(router._forward_hooks for router in routers)
 
 
 def test_held_out_losses_are_without_it(moe_checkpoint):
