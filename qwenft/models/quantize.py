@@ -164,7 +164,7 @@ def _not_whole(weights: Weights, name: str, kind: str) -> CheckpointError:
     )
 
 
-def as_tensors(weight: Weight, name: str, held: torch.Tensor) -> dict[str, torch.Tensor]:
+def _as_tensors(weight: Weight, name: str, held: torch.Tensor) -> dict[str, torch.Tensor]:
     """A quantized parameter as a file holds it: bitsandbytes' own names for a Linear, and such for a stack."""
     if getattr(held, "quant_state", None) is None:
         scales: torch.Tensor = held.SCB  # type: ignore[attr-defined]
@@ -191,7 +191,7 @@ def write_quantized(source: Path, folder: Path, checkpoint: Architecture, storag
     for weight in inventory(checkpoint):
         for name in weight.names(text_only=checkpoint.is_text_only):
             if storage.is_quantized(weight, name):
-                shards.add(as_tensors(weight, name, read_quantized(weights, weight, name, storage, "cpu")))
+                shards.add(_as_tensors(weight, name, read_quantized(weights, weight, name, storage, "cpu")))
                 done.add(canonical(name))
     for name, stored in weights.stored_names():
         part = expert_part(name)
