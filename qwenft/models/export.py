@@ -141,8 +141,8 @@ def _experts_reader(module: ParamWrapper) -> _Reader:
         pair = module.pair()
         if pair is None:
             return original
-        a = pair.a if part.expert is None else pair.a[part.expert]
-        return original.float() + pair.scaling * (part.of(pair.b).float() @ a.float())
+        a, b = pair.a if part.expert is None else pair.a[part.expert], part.of(pair.b)
+        return original.float() + pair.scaling * (b.float() @ a.float()).to(original.device)
 
     return read
 

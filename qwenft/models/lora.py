@@ -6,6 +6,7 @@ import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import peft
 import peft.tuners.lora.bnb
 import torch
@@ -83,7 +84,8 @@ class ParamWrapper(peft.tuners.lora.ParamWrapper):
         module: Any = self
         while isinstance(module, ParamWrapper):
             if (pair := module.pair()) is not None:
-                pairs[module.parameter_name] = pair
+                # Laid out once, and not at the product of every expert.
+                pairs[module.parameter_name] = attrs.evolve(pair, b=pair.b.contiguous())
             module = module.base_layer
         answers: torch.Tensor = module(x, *args, **kwargs, **pairs)
         return answers
@@ -103,7 +105,7 @@ class ParamWrapper(peft.tuners.lora.ParamWrapper):
         """One adapter's."""
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         # As peft lays them out: the experts are the slow index of A's rows and the fast one of B's columns.
-        of_experts = b.view(len(b), -1, self.num_experts).permute(2, 0, 1).contiguous()
+        of_experts = b.view(len(b), -1, self.num_experts).permute(2, 0, 1)
         return LowRank(a.view(self.num_experts, -1, a.shape[1]), of_experts, self.scaling[adapter])
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
