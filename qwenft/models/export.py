@@ -18,7 +18,7 @@ from qwenft.models.bind import causal_of
 from qwenft.models.checkpoint import INDEX
 from qwenft.models.lora import ParamWrapper
 from qwenft.models.quantize import read_dense, stored_shape
-from qwenft.models.safetensors_file import TensorFile
+from qwenft.models.safetensors_file import TensorFile, as_bytes
 from qwenft.models.weights import Weights, canonical, expert_part, is_quantization_state, write_index
 
 if TYPE_CHECKING:
@@ -41,11 +41,16 @@ class _Part:
         return one if self.half is None else one.chunk(2, dim=0)[self.half]
 
 
+#: Makes a trained tensor of the source's, or of a part of it.
+_Reader = Callable[[torch.Tensor, _Part], torch.Tensor]
+
+
 def write_merged(model: Any, source: Path, folder: Path, *, tied: bool, dequantized: bool) -> None:
     """Write a whole checkpoint into an empty folder: what was learned merged in, all other tensors copied.
 
     Tensors keep the dtype that the source stores them in, and sums are made in float32; towers that were not
     loaded and ``mtp.*`` are copied. What the source holds quantized is written in the dtype of its embeddings.
+    What was written is read again and compared, to the bit.
 
     Args:
         model: trained, with or without LoRA; it is left as it is.
@@ -55,34 +60,81 @@ def write_merged(model: Any, source: Path, folder: Path, *, tied: bool, dequanti
         dequantized: merge into the weights that the run computed with, where these are quantized.
 
     Raises:
-        CheckpointError: a trained tensor has no place in the source.
+        CheckpointError: a trained tensor has no place in the source, or one reads otherwise than it was written.
     """
-    learned = dict(_learned(model))
-    computed = dict(_quantized(model)) if dequantized else {}
-    placed: set[str] = set()
-    weights = Weights(source)
-    dtype, _ = weights.entry("model.embed_tokens.weight")  # of what the source holds quantized
-    for file in weights.files:
-        names = {stored: name for name, stored in weights.of_file(file) if not is_quantization_state(stored)}
-        announced = {
-            stored: weights.entry(name) if (shape := stored_shape(weights, name)) is None else (dtype, shape)
-            for stored, name in names.items()
-        }
-        with TensorFile(folder / file.name, announced, {"format": "pt"}) as written:
-            for stored, name in names.items():
-                key, part = _origin(name, tied=tied)
-                tensor = computed[key](part) if key in computed else read_dense(weights, name)
-                if key in learned:
-                    placed.add(key)
-                    tensor = learned[key](tensor, part)
+    merge = _Merge(Weights(source), dict(_learned(model)), dict(_quantized(model)) if dequantized else {}, tied)
+    for file in merge.weights.files:
+        with TensorFile(folder / file.name, merge.announced(file), {"format": "pt"}) as written:
+            for stored, tensor in merge.tensors(file):
                 written.write(stored, tensor)
-    left = sorted(set(learned) - placed)
+    left = sorted(set(merge.learned) - merge.placed)
     if left:
         raise CheckpointError(f"{source}: no place for the trained tensor {left[0]}", path=source, missing=left)
     for file in source.iterdir():
         if file.is_file() and file.suffix != ".safetensors":
             shutil.copy2(file, folder / file.name)
     _forget_quantization(folder)
+    _check_written(merge, Weights(folder))
+
+
+def _check_written(merge: _Merge, written: Weights) -> None:
+    """Compare every tensor with what it is to be."""
+    for file in merge.weights.files:
+        announced = merge.announced(file)
+        if {
+            stored: written.entry(name) for name, stored in written.of_file(written.folder / file.name)
+        } != announced:
+            raise CheckpointError(f"{file.name} holds other tensors than were written", path=written.folder)
+        for stored, tensor in merge.tensors(file):
+            found = written.read(stored)
+            if not torch.equal(as_bytes(found), as_bytes(tensor.to("cpu", found.dtype))):
+                raise CheckpointError(
+                    f"{stored} in {file.name} reads otherwise than it was written",
+                    fix="another disk; what was learned is in the run's checkpoints and adapter as it was",
+                    path=written.folder,
+                )
+
+
+@attrs.define(eq=False)
+class _Merge:
+    """The tensors of an export, made one by one.
+
+    Args:
+        weights: of the source.
+        learned: what makes a trained tensor of the source's, by its name in memory.
+        computed: what gives a tensor that the run holds quantized, where it is merged into that.
+        tied: the output head is the embedding.
+        placed: the names of ``learned`` that were met.
+    """
+
+    weights: Weights
+    learned: dict[str, _Reader]
+    computed: dict[str, Callable[[_Part], torch.Tensor]]
+    tied: bool
+    placed: set[str] = attrs.field(factory=set)
+
+    def announced(self, file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The dtype and shape of every tensor of a file."""
+        dense_dtype, _ = self.weights.entry("model.embed_tokens.weight")
+        found = {}
+        for stored, name in self._names(file):
+            shape = stored_shape(self.weights, name)
+            found[stored] = self.weights.entry(name) if shape is None else (dense_dtype, shape)
+        return found
+
+    def tensors(self, file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of a file, in the dtype in which it was made."""
+        for stored, name in self._names(file):
+            key, part = _origin(name, tied=self.tied)
+            tensor = self.computed[key](part) if key in self.computed else read_dense(self.weights, name)
+            if key in self.learned:
+                self.placed.add(key)
+                tensor = self.learned[key](tensor, part)
+            yield stored, tensor
+
+    def _names(self, file: Path) -> Iterator[tuple[str, str]]:
+        of_file = self.weights.of_file(file)
+        return ((stored, name) for name, stored in of_file if not is_quantization_state(stored))
 
 
 def _origin(name: str, *, tied: bool) -> tuple[str, _Part]:
@@ -106,9 +158,6 @@ def _forget_quantization(folder: Path) -> None:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         places = {name: file for name, file in index["weight_map"].items() if not is_quantization_state(name)}
         write_index(folder, places)
-
-
-_Reader = Callable[[torch.Tensor, _Part], torch.Tensor]
 
 
 def _learned(model: Any) -> Iterator[tuple[str, _Reader]]:

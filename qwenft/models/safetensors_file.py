@@ -48,9 +48,9 @@ class TensorFile:
         """Add the next tensor, in the dtype that was announced."""
         assert name == next(iter(self._left))
         entry = self._left.pop(name)
-        held = tensor.detach().to("cpu", _DTYPES.get(entry["dtype"], tensor.dtype)).contiguous()
+        held = tensor.detach().to("cpu", _DTYPES.get(entry["dtype"], tensor.dtype))
         assert list(held.shape) == entry["shape"], name
-        self._file.write(held.flatten().view(torch.uint8).numpy().data)
+        self._file.write(as_bytes(held).numpy().data)
 
     def __enter__(self) -> Self:
         return self
@@ -58,6 +58,11 @@ class TensorFile:
     def __exit__(self, kind: object, *_: object) -> None:
         self._file.close()
         assert kind is not None or not self._left, f"{len(self._left)} announced tensors were not given"
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, in the order of its elements."""
+    return tensor.contiguous().flatten().view(torch.uint8)
 
 
 def _bytes(dtype: str) -> int:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import qwenft as qf
 from qwenft.models.checkpoint import architecture_of, weight_files
 from qwenft.models.load import load_model, load_tokenizer
+from qwenft.models.safetensors_file import TensorFile
 from qwenft.plan.storage import Storage
 
 from .helpers import relative
@@ -172,6 +173,27 @@ def test_a_failed_export_leaves_nothing(run, tmp_path, monkeypatch):
     monkeypatch.setattr("qwenft.models.export.TensorFile.write", full)
     with pytest.raises(qf.CheckpointError, match="No space left"):
         run.export(tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("run", ["lora", "full", "experts"], indirect=True)
+@pytest.mark.parametrize("where", ["mtp.", "visual", "layers.3"])
+def test_an_export_that_reads_otherwise_is_refused(run, where, tmp_path, monkeypatch):
+    """A single bit that the disk gives back wrong, in a tensor that was merged or copied, and nothing stays."""
+    write = TensorFile.write
+    spoilt = []
+
+    def spoil(self, name, tensor):
+        if where in name and tensor.numel() and not spoilt:
+            spoilt.append(name)
+            tensor = tensor.clone()
+            tensor.flatten().view(torch.uint8)[-4] ^= 1
+        write(self, name, tensor)
+
+    monkeypatch.setattr(TensorFile, "write", spoil)
+    with pytest.raises(qf.CheckpointError, match="reads otherwise than it was written") as refused:
+        run.export(tmp_path / "merged")
+    assert str(refused.value).startswith(spoilt[0])
     assert list(tmp_path.iterdir()) == []
 
 
