@@ -57,7 +57,14 @@ def checkpoints(dense_checkpoint, moe_checkpoint):
     return {"dense": dense_checkpoint, "moe": moe_checkpoint}
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+#: The others are tried in `make test-long`.
+ALWAYS = ("nf4", "nf4-dora", "int8", "nf4-experts", "int8-experts", "tower")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[case if case in ALWAYS else pytest.param(case, marks=pytest.mark.long) for case in CASES],
+)
 def run(request, checkpoints, tmp_path_factory):
     """A short run of each kind, in float32."""
     return plan_of(request.param, checkpoints).train(

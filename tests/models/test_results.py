@@ -177,7 +177,7 @@ def test_a_failed_export_leaves_nothing(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("run", ["lora", "full", "experts"], indirect=True)
-@pytest.mark.parametrize("where", ["mtp.", "visual", "layers.3"])
+@pytest.mark.parametrize("where", ["mtp.", "layers.3"])
 def test_an_export_that_reads_otherwise_is_refused(run, where, tmp_path, monkeypatch):
     """A single bit that the disk gives back wrong, in a tensor that was merged or copied, and nothing stays."""
     write = TensorFile.write

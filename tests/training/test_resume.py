@@ -175,7 +175,7 @@ def test_rows_that_are_left_out_are_listed_once(dense_checkpoint, tmp_path):
     asked = recipe(dense_checkpoint, max_steps=26, adapter=LORA)
     streamed = qf.DataSpec.messages(datasets.IterableDataset.from_generator(lambda: iter(rows)))
     plan = asked.with_data(streamed.on_bad_row("skip").with_max_length(128).stream(window=8)).compile()
-    for step in (7, 9, 17, 22):
+    for step in (9, 17):  # in the middle of windows whose wrong rows are listed already
 
         def stop(record, stop_at=step):
             if record["step"] == stop_at:

@@ -37,8 +37,7 @@ def decided(prepared, batch):
     return found
 
 
-@pytest.mark.parametrize("every", [0, 1])
-@pytest.mark.parametrize("loss", ["chunked", "own"])
+@pytest.mark.parametrize(("every", "loss"), [(0, "own"), (1, "chunked")])
 def test_the_loss_that_is_added_is_that_of_transformers(moe_checkpoint, every, loss):
     """In value and gradients, for each supervised token, over all tokens of all layers, with checkpointing too."""
 
