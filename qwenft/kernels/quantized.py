@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qwenft.plan.storage import NESTED_BLOCK, NF4_BLOCK
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-BLOCK = 64  # weights that share a scale in nf4
-NESTED_BLOCK = 256  # scales that share one, where they are quantized too
 _INT8_STEPS = 127.0
 
 
@@ -93,7 +93,7 @@ def quantize_experts(
     packed = scales = code = dtype = None
     for number, expert in enumerate(experts):
         part, state = bnb.quantize_4bit(
-            expert.contiguous(), blocksize=BLOCK, compress_statistics=False, quant_type="nf4"
+            expert.contiguous(), blocksize=NF4_BLOCK, compress_statistics=False, quant_type="nf4"
         )
         if packed is None or scales is None:
             packed = part.new_empty(shape[0] * len(part), 1)
@@ -113,7 +113,7 @@ def quantize_experts(
         absmax=scales,
         shape=torch.Size(shape if stacked else shape[1:]),
         code=code,
-        blocksize=BLOCK,
+        blocksize=NF4_BLOCK,
         quant_type="nf4",
         dtype=dtype,
         **nested,

@@ -141,19 +141,22 @@ def stored_shape(weights: Weights, name: str) -> tuple[int, ...] | None:
     """The shape of a weight that the files hold quantized; None of any other tensor."""
     if f"{name}.absmax" in weights:
         return tuple(dense_shape(_read_nf4(weights, name, "cpu")))
-    dtype, shape = weights.entry(name)
-    return shape if dtype == "I8" else None
+    return None if _int8_scales(weights, name) is None else weights.entry(name)[1]
 
 
 def read_dense(weights: Weights, name: str) -> torch.Tensor:
     """A tensor of the files; in float32 where they hold it quantized."""
     if f"{name}.absmax" in weights:
         return dense(_read_nf4(weights, name, "cpu"), torch.float32)
+    scales = _int8_scales(weights, name)
     read = weights.read(name)
-    beside = next((n for n in (f"{name}.SCB", f"{name.removesuffix('.weight')}.SCB") if n in weights), None)
-    if read.dtype != torch.int8 or beside is None:
-        return read
-    return dense(held_in_int8(read, weights.read(beside)), torch.float32)
+    return read if scales is None else dense(held_in_int8(read, weights.read(scales)), torch.float32)
+
+
+def _int8_scales(weights: Weights, name: str) -> str | None:
+    """The name of the scales of a weight in int8; None of any other tensor, numbers of 8 bits among them."""
+    beside = (f"{name}.SCB", f"{name.removesuffix('.weight')}.SCB")
+    return next((scales for scales in beside if scales in weights and weights.entry(name)[0] == "I8"), None)
 
 
 def _not_whole(weights: Weights, name: str, kind: str) -> CheckpointError:

@@ -21,7 +21,8 @@ from qwenft.models.bind import bind
 from qwenft.models.checkpoint import architecture_of, weight_files
 from qwenft.models.load import load_model
 from qwenft.models.precision import compute_in
-from qwenft.models.weights import storage_of
+from qwenft.models.quantize import read_dense, stored_shape
+from qwenft.models.weights import Weights, storage_of
 from qwenft.plan.records import state_bytes
 from qwenft.plan.storage import storage_rows
 
@@ -269,3 +270,14 @@ def test_packed_logits_of_a_quantized_model_are_those_of_its_dense_weights(check
         ):
             assert relative(got, wanted) < 1e-5
             assert relative(got, other) > 1e-2
+
+
+def test_numbers_of_8_bits_without_scales_are_no_weights(tmp_path):
+    """An export copies them as they are, and does not take them for rows to be made dense."""
+    tensors = {"mtp.counts": torch.arange(-3, 3, dtype=torch.int8), "a.weight": torch.ones(2, 4, dtype=torch.int8)}
+    save_file({**tensors, "a.SCB": torch.full((2,), 127.0)}, tmp_path / "model.safetensors")
+    weights = Weights(tmp_path)
+    assert stored_shape(weights, "mtp.counts") is None
+    assert torch.equal(read_dense(weights, "mtp.counts"), tensors["mtp.counts"])
+    assert stored_shape(weights, "a.weight") == (2, 4)
+    assert torch.equal(read_dense(weights, "a.weight"), torch.ones(2, 4))
