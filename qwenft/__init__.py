@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         SpecError,
     )
     from qwenft.machine import Machine
+    from qwenft.merging import merge_adapter
     from qwenft.recipe import Recipe
     from qwenft.run import Run
     from qwenft.specs.adapter import AdapterSpec
@@ -56,6 +57,7 @@ _HOMES = {
     "SpecError": "qwenft.errors",
     "TrainingPlan": "qwenft.training_plan",
     "TrainingSpec": "qwenft.specs.training",
+    "merge_adapter": "qwenft.merging",
 }
 _MODULES = ("backends", "family", "testing")
 
@@ -82,6 +84,7 @@ __all__ = [
     "TrainingPlan",
     "TrainingSpec",
     "__version__",
+    "merge_adapter",
 ]
 
 

@@ -333,9 +333,9 @@ class TrainingPlan:
 
     def export(self, model: Any, path: Path, base: str = "checkpoint") -> Path:
         """Write the merged checkpoint; see :meth:`qwenft.run.Run.export`."""
-        from qwenft.models.export import dequantized, trained, updates, write_merged
+        from qwenft.merging import write_export
+        from qwenft.models.export import dequantized, trained, updates
         from qwenft.models.lora import stored_adapter
-        from qwenft.training.folder import new_folder
 
         checkpoint, storage, bases = self.draft.checkpoint, self.draft.storage, ("checkpoint", "dequantized")
         if base not in bases:
@@ -347,16 +347,19 @@ class TrainingPlan:
                 fix='export(path, base="dequantized"), or a run from the checkpoint that it was made of',
                 path=path,
             )
-        with new_folder(path) as folder:
-            full = self.recipe.adapter.kind == "full"
-            write_merged(
-                trained(model) if full else updates(stored_adapter(model), checkpoint),
-                self._folder,
-                folder,
-                tied=checkpoint.tied,
-                computed=dequantized(model) if base == "dequantized" else {},
-            )
-        return path
+        adapter = None if self.draft.adapter.kind == "full" else stored_adapter(model)
+        exact = all(slot.backend.exact for slot in self.draft.slots)
+        return write_export(
+            trained(model) if adapter is None else updates(adapter, checkpoint),
+            self._folder,
+            path,
+            checkpoint,
+            base=self.recipe.model.source,
+            adapter=adapter,
+            computed=dequantized(model) if base == "dequantized" else {},
+            run=model,
+            exact=exact and self.draft.compute_dtype == "float32",
+        )
 
     def save_quantized(self, path: str | os.PathLike[str]) -> ModelSpec:
         """Write the whole checkpoint with its weights quantized: runs start from it without the original.

@@ -32,6 +32,7 @@ PUBLIC = [
     "TrainingPlan",
     "TrainingSpec",
     "__version__",
+    "merge_adapter",
 ]
 
 # The time is the process's own, so that other programs on the machine do not count.

@@ -64,7 +64,7 @@ def load_model(
     """
     weights = Weights(folder)
     require_whole(weights, loaded)
-    model = _skeleton(folder, loaded)
+    model = skeleton(folder, loaded)
     for weight in inventory(loaded):
         where = "cpu" if embeddings_on_host and weight.role == "embeddings" else device
         for name in weight.names(text_only=loaded.is_text_only):
@@ -84,7 +84,7 @@ def load_model(
     return model.eval()
 
 
-def _skeleton(folder: Path, loaded: Architecture) -> Any:
+def skeleton(folder: Path, loaded: Architecture) -> Any:
     """The model with all its parameters on the meta device."""
     config: Any = transformers.AutoConfig.from_pretrained(folder)
     if loaded.is_text_only:

@@ -53,8 +53,6 @@ class _Fused:
         taken_out: the initial pair (A, B) that was taken out of the weight, if one was.
     """
 
-    lora_A: Any
-    lora_B: Any
     taken_out: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -255,18 +253,19 @@ def _copied(weight: Weight, whole: set[Weight]) -> tuple[str, ...]:
     return tuple(f"layers.{layer}.{weight.module_suffix}" for layer in weight.layers)
 
 
-def add_lora(model: Any, config: peft.LoraConfig, *, seed: int) -> Any:
+def add_lora(model: Any, config: peft.LoraConfig, *, seed: int, on_meta: bool = False) -> Any:
     """The model with LoRA beside its frozen weights; the caller's random state is left alone.
 
     Args:
         model: bound, as loaded.
         config: where, and of what rank.
         seed: of the initial values.
+        on_meta: leave the adapter on the meta device, until it is given values.
     """
     # peft would write the folder that was loaded into the adapter's files, and warn that it differs.
     model.name_or_path = config.base_model_name_or_path
     with _as_peft_expects(model, seed):
-        adapted = peft.get_peft_model(model, config)
+        adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=on_meta)
     _use_own_layers(adapted)
     return adapted
 
@@ -305,17 +304,15 @@ def _as_peft_expects(model: Any, seed: int) -> Iterator[None]:
 
 def _use_own_layers(model: Any) -> None:
     """Give peft's layers our classes, and what is trained float32."""
+    takes_out = str(model.peft_config["default"].init_lora_weights).startswith(("pissa", "olora"))
+    module: Any
     for module in model.modules():
         module.__class__ = _FUSED.get(type(module), type(module))
         if isinstance(module, peft.tuners.lora.ParamWrapper) and isinstance(
             module.get_base_layer(), RoutedExperts
         ):
             module.__class__ = ParamWrapper
-        if (
-            isinstance(module, _Fused)
-            and module.taken_out is None
-            and str(_initialization(model)).startswith(("pissa", "olora"))
-        ):
+        if takes_out and hasattr(module, "taken_out") and module.taken_out is None:
             a, b = (part["default"].weight.detach().clone() for part in (module.lora_A, module.lora_B))
             module.taken_out = (a, b)
         if isinstance(module, ModulesToSaveWrapper):
@@ -327,10 +324,6 @@ def _use_own_layers(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype == torch.bfloat16:
             parameter.data = parameter.data.float()
-
-
-def _initialization(model: Any) -> Any:
-    return model.peft_config["default"].init_lora_weights
 
 
 def output_head(model: Any) -> Any:

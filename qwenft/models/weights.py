@@ -94,6 +94,11 @@ class Weights:
             part = tensors.get_slice(stored)
             return part.get_dtype(), tuple(part.get_shape())
 
+    def dtype_of(self, name: str) -> str:
+        """The dtype of a parameter, or of the first part of a stack, as its file names it."""
+        part = name if name in self else _parts(name, 1)[0]
+        return self.entry(part)[0]
+
     def holds(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether the files have a parameter, as one tensor or, of a stack of experts, in parts."""
         return name in self or (len(shape) == 3 and all(part in self for part in _parts(name, shape[0])))
