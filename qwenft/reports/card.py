@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from huggingface_hub import ModelCardData
 
-from qwenft.reports.text import BARS, activations_text, coverage_rows, data_text, time_text
+from qwenft.reports.text import BARS, coverage_rows, data_text, time_text
 from qwenft.specs.codec import Codec
 from qwenft.specs.data import DataSpec
 from qwenft.specs.rows import HubRows
@@ -64,7 +64,7 @@ def render_card(
         ("Use", _snippet(plan, place, adapter=adapter)),
         ("Results", _results(run, place)),
         ("What was trained", _coverage(plan)),
-        ("How", _table(("", ""), _settings(plan))),
+        ("Settings", _table(("", ""), _settings(plan))),
         ("Data", _data(plan)),
         ("Base", _digests("file", list(plan.identity["weights"].items()))),
         ("Versions", _table(("", ""), [*environment.items(), ("plan", plan.fingerprint)])),
@@ -113,10 +113,14 @@ def _summary(run: Run, *, adapter: bool) -> str:
     base = f"[{name}](https://huggingface.co/{hub_id})" if hub_id else f"`{name}`, which is not on the hub"
     revision = plan.recipe.model.revision
     at = f" at `{revision}`" if revision else ""
-    full = plan.recipe.adapter.kind == "full"
-    method = "full fine-tuning" if full else f"LoRA of rank {plan.recipe.adapter.rank}"
-    subject = f"An adapter, {method}, for {base}" if adapter else f"{base}{at} after {method}"
-    return f"{subject}{at if adapter else ''}. Trained with qwenft on {plan.data.documents:,} documents."
+    lora = f"LoRA of rank {plan.recipe.adapter.rank}"
+    if adapter:
+        subject = f"An adapter, {lora}, for {base}{at}"
+    elif plan.recipe.adapter.kind == "lora":
+        subject = f"The whole model, with {lora} merged in, made of {base}{at}"
+    else:
+        subject = f"The whole model, fine-tuned in full, made of {base}{at}"
+    return f"{subject}. Trained with qwenft on {plan.data.documents:,} documents."
 
 
 def _snippet(plan: TrainingPlan, place: Place, *, adapter: bool) -> str:
@@ -127,15 +131,16 @@ def _snippet(plan: TrainingPlan, place: Place, *, adapter: bool) -> str:
     if adapter:
         asked = plan.recipe.model.revision
         at = f', revision="{asked}"' if asked else ""
+        where = "" if plan.draft.checkpoint.hub_id else "  # a folder of your own"
         load = f"""
             import peft
-            from transformers import AutoTokenizer, {auto}
+            from transformers import {auto}, AutoTokenizer
 
-            base = {auto}.from_pretrained("{base_name(plan)}"{at}, {dtype})
+            base = {auto}.from_pretrained("{base_name(plan)}"{at}, {dtype}){where}
             model = peft.PeftModel.from_pretrained(base, {there})"""
     else:
         load = f"""
-            from transformers import AutoTokenizer, {auto}
+            from transformers import {auto}, AutoTokenizer
 
             model = {auto}.from_pretrained({there}, {dtype})"""
     ask = f"""
@@ -199,10 +204,10 @@ def _coverage(plan: TrainingPlan) -> str:
 
 
 def _settings(plan: TrainingPlan) -> list[tuple[str, str]]:
-    """Every setting of the adapter and of the training that has a value, and what runs them."""
+    """Every setting of the adapter and of the training that is not off, and what runs them."""
     recipe, draft = plan.recipe, plan.draft
     dump = Codec(folder=None).dump
-    adapter = dump(recipe.adapter) if recipe.adapter.kind == "lora" else {"frozen": recipe.adapter.frozen}
+    adapter = dump(recipe.adapter) if recipe.adapter.kind == "lora" else {"frozen": [*recipe.adapter.frozen]}
     training = {name: value for name, value in dump(recipe.training).items() if name not in _NO_SETTINGS}
     training["loss"] = recipe.training.chosen_loss
     few_bits = draft.storage.kind or "none"
@@ -211,12 +216,11 @@ def _settings(plan: TrainingPlan) -> list[tuple[str, str]]:
         *(
             (name.replace("_", " "), _value(value))
             for name, value in {**adapter, **training}.items()
-            if name != "kind" and value is not None and value is not False and value not in ("", [], ())
+            if name == "seed" or (value and name != "kind")
         ),
         ("weights held in", recipe.model.dtype),
         ("large matrices quantized to", few_bits),
         ("computed in", draft.compute_dtype),
-        ("activations", activations_text(recipe.training)),
         *((f"{slot.name} attention", f"`{slot.backend.name}`") for slot in draft.slots),
     ]
 
@@ -224,8 +228,10 @@ def _settings(plan: TrainingPlan) -> list[tuple[str, str]]:
 def _value(value: Any) -> str:
     if callable(value):
         return f"{value.__name__}()"
-    if isinstance(value, list | tuple):
-        return ", ".join(_value(one) for one in value)
+    if isinstance(value, list):
+        return ", ".join(" ".join(map(_value, one)) if isinstance(one, list) else _value(one) for one in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
