@@ -149,8 +149,8 @@ class Run:
 
         Args:
             repo_id: "name/model"; made where it is not there yet.
-            merged: the whole model instead of the adapter, exported to ``merged/`` of the run first where it is not
-                there yet. Full fine-tuning always publishes the whole model.
+            merged: the whole model instead of the adapter, exported to the run's ``merged/`` where it is not there
+                yet. Full fine-tuning always publishes the whole model.
             private: whether nobody else sees it; a repository that is there already must be so.
             revision: a branch, made where it is not there yet.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from huggingface_hub import ModelCardData
 
-from qwenft.reports.text import BARS, coverage_rows, data_text, time_text
+from qwenft.reports.text import BARS, COVERAGE, coverage_rows, data_text, time_text
 from qwenft.specs.codec import Codec
 from qwenft.specs.data import DataSpec
 from qwenft.specs.rows import HubRows
@@ -198,8 +198,7 @@ def _curve(name: str, points: Sequence[tuple[int, float]]) -> str:
 def _coverage(plan: TrainingPlan) -> str:
     held = sum(row.held for row in plan.coverage)
     place = "of" if plan.recipe.adapter.kind == "full" else "beside"
-    header = ("role", "modules", "layers", "trained", "of", "held in")
-    table = _table(header, coverage_rows(plan), right=(2, 3, 4))
+    table = _table(COVERAGE, coverage_rows(plan), right=(2, 3, 4))
     return f"{plan.trained_parameters:,} parameters {place} {held:,}.\n\n{table}"
 
 
@@ -207,7 +206,7 @@ def _settings(plan: TrainingPlan) -> list[tuple[str, str]]:
     """Every setting of the adapter and of the training that is not off, and what runs them."""
     recipe, draft = plan.recipe, plan.draft
     dump = Codec(folder=None).dump
-    adapter = dump(recipe.adapter) if recipe.adapter.kind == "lora" else {"frozen": [*recipe.adapter.frozen]}
+    adapter = dump(recipe.adapter) if recipe.adapter.kind == "lora" else {"frozen": recipe.adapter.frozen}
     training = {name: value for name, value in dump(recipe.training).items() if name not in _NO_SETTINGS}
     training["loss"] = recipe.training.chosen_loss
     few_bits = draft.storage.kind or "none"
@@ -228,10 +227,11 @@ def _settings(plan: TrainingPlan) -> list[tuple[str, str]]:
 def _value(value: Any) -> str:
     if callable(value):
         return f"{value.__name__}()"
-    if isinstance(value, list):
-        return ", ".join(" ".join(map(_value, one)) if isinstance(one, list) else _value(one) for one in value)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        pairs = (" ".join(map(_value, one)) if isinstance(one, list | tuple) else _value(one) for one in value)
+        return ", ".join(pairs)
+    if value is True:
+        return "yes"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -49,7 +49,10 @@ class Hub:
             return self._validated(json.loads(body)["content"])
         if path == "/api/repos/create":
             return self._created(json.loads(body))
-        if found := re.fullmatch(r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+        return self._of_repository(path, body)
+
+    def _of_repository(self, path, body):
+        if path.endswith(".git/info/lfs/objects/batch"):
             return 200, {"transfer": "basic", "objects": [self._action(o) for o in json.loads(body)["objects"]]}
         found = re.fullmatch(r"/api/models/(?P<repo>[^/]+/[^/]+)(/(?P<what>\w+)/(?P<branch>[^/]+))?", path)
         if found is None:
@@ -88,7 +91,11 @@ class Hub:
     def _preupload(self, repo_id, branch, body):
         modes = {True: "lfs", False: "regular"}
         files = [
-            {"path": file["path"], "shouldIgnore": False, "uploadMode": modes[file["path"].endswith(("rs", "png"))]}
+            {
+                "path": file["path"],
+                "shouldIgnore": False,
+                "uploadMode": modes[file["path"].endswith(("rs", "png"))],
+            }
             for file in json.loads(body)["files"]
         ]
         return 200, {"files": files}

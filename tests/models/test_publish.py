@@ -186,7 +186,9 @@ def test_a_second_push_leaves_other_files(hub, runs):
     hub.files("me/bot")["notes.txt"] = b"mine"
     run.push("me/bot")
     assert hub.files("me/bot")["notes.txt"] == b"mine"
-    with pytest.raises(qf.CheckpointError, match=r"me/bot holds adapter_config.json, adapter_model.safetensors, bes"):
+    with pytest.raises(
+        qf.CheckpointError, match=r"me/bot holds adapter_config.json, adapter_model.safetensors, bes"
+    ):
         run.push("me/bot", merged=True)
     assert len(hub.commits) == 2
 
@@ -196,7 +198,9 @@ def test_a_repository_of_other_visibility_is_refused(hub, runs, private):
     """What is to be private is not written where all can read it, nor the other way round."""
     runs["lora"].push("me/bot", private=not private)
     words = ("public", "private") if private else ("private", "public")
-    with pytest.raises(qf.CheckpointError, match=rf"me/bot is {words[0]} already, and {words[1]} was .*\n.*{not private}"):
+    with pytest.raises(
+        qf.CheckpointError, match=rf"me/bot is {words[0]} already, and {words[1]} was .*\n.*{not private}"
+    ):
         runs["lora"].push("me/bot", private=private)
     assert len(hub.commits) == 1
 
@@ -204,7 +208,7 @@ def test_a_repository_of_other_visibility_is_refused(hub, runs, private):
 def test_an_unfinished_run_is_refused(hub, dense_checkpoint, tmp_path):
     """A run that was interrupted has no result, and says how it gets one; the hub is not asked."""
 
-    def stop(record):
+    def stop(_):
         signal.raise_signal(signal.SIGINT)
 
     run = trained(dense_checkpoint, "lora", tmp_path / "run", on_step=stop)
@@ -221,21 +225,27 @@ def test_files_of_other_kinds_are_refused(tmp_path, name):
         (tmp_path / fine).touch()
     assert files_of_model(tmp_path).keys() == {"model.safetensors", "LICENSE"}
     (tmp_path / name).mkdir() if name == "folder" else (tmp_path / name).touch()
-    with pytest.raises(qf.CheckpointError, match=rf"holds {name}; what is published is .safetensors, .*\n  Fix: move"):
+    with pytest.raises(
+        qf.CheckpointError, match=rf"holds {name}; what is published is .safetensors, .*\n  Fix: move"
+    ):
         files_of_model(tmp_path)
 
 
 def test_without_a_token_the_error_says_how_to_log_in(hub, runs, monkeypatch):
     """401 names both ways to give a token."""
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(qf.CheckpointError, match=r"nothing here has changed: 401, Invalid user.*\n.*`hf auth login`.*HF_TOKEN"):
+    with pytest.raises(
+        qf.CheckpointError, match=r"nothing here has changed: 401, Invalid user.*\n.*`hf auth login`.*HF_TOKEN"
+    ):
         runs["lora"].push("me/bot")
     assert hub.branches == {}
 
 
 def test_without_the_right_the_error_names_the_owner(hub, runs):
     """403 names whose repositories the token may not write to."""
-    with pytest.raises(qf.CheckpointError, match=r"403, You don't have the rights .*\n  Fix: a token that may write to other"):
+    with pytest.raises(
+        qf.CheckpointError, match=r"403, You don't have the rights .*\n  Fix: a token that may write to other"
+    ):
         runs["lora"].push("other/bot")
     assert hub.branches == {}
 
@@ -254,7 +264,9 @@ def test_an_unreachable_hub_is_an_error(runs, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
-        with pytest.raises(qf.CheckpointError, match=r"me/bot was not published, .*ConnectError.*\n  Fix: check the network"):
+        with pytest.raises(
+            qf.CheckpointError, match=r"me/bot was not published, .*ConnectError.*\n  Fix: check the network"
+        ):
             runs["lora"].push("me/bot")
 
 
@@ -274,5 +286,7 @@ def test_an_upload_that_fails_is_an_error(hub, runs, monkeypatch):
 def test_the_bases_license_is_passed_on(tmp_path):
     """The license that the base's own card states is known; without a card none is."""
     assert terms_of(tmp_path) == {}
-    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\nlicense_link: LICENSE\ntags: [x]\n---\n# Base\n")
+    (tmp_path / "README.md").write_text(
+        "---\nlicense: apache-2.0\nlicense_link: LICENSE\ntags: [x]\n---\n# Base\n"
+    )
     assert terms_of(tmp_path) == {"license": "apache-2.0", "license_link": "LICENSE"}
