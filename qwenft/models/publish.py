@@ -178,12 +178,14 @@ def _explained(repo_id: str) -> Iterator[None]:
         ) from error
 
 
-def _reason(error: BaseException, repo_id: str) -> tuple[str, str]:
+def _reason(error: BaseException, repo_id: str) -> tuple[str, str | None]:
     """What went wrong at the hub, and what to do."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if isinstance(error, HFValidationError):
         return str(error), _ID
+    if isinstance(error, ValueError):  # the hub does not take the card's metadata, or its answer is not understood
+        return str(error), None
     if not isinstance(error, HfHubHTTPError):
         return f"{type(error).__name__}: {error}", "check the network, then push again"
     said: Any = error.server_message or str(error).strip().splitlines()[0]

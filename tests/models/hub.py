@@ -14,6 +14,7 @@ import yaml
 
 TOKEN = "hf_of_the_tests"
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
+_LICENSE = re.compile(r"[a-z0-9.-]+")
 
 
 class Hub:
@@ -71,9 +72,10 @@ class Hub:
         return 200, {"url": url}
 
     def _validated(self, content):
-        base = yaml.safe_load(content.split("---")[1]).get("base_model")
-        if base is not None and not _ID.fullmatch(base):
-            return 400, {"errors": [{"message": f'"base_model" {base} is no id'}], "warnings": []}
+        stated = yaml.safe_load(content.split("---")[1])
+        for name, kind in (("base_model", _ID), ("license", _LICENSE)):
+            if name in stated and not kind.fullmatch(stated[name]):
+                return 400, {"errors": [{"message": f'"{name}" is not valid'}], "warnings": []}
         return 200, {"errors": [], "warnings": []}
 
     def _revision(self, repo_id, branch, _):

@@ -283,6 +283,14 @@ def test_an_upload_that_fails_is_an_error(hub, runs, monkeypatch):
     assert hub.commits == []
 
 
+def test_metadata_that_the_hub_refuses_are_an_error(hub, runs, monkeypatch):
+    """What is wrong with the card is told, and there is no commit."""
+    monkeypatch.setattr("qwenft.models.publish.terms_of", lambda _: {"license": "Terms of ours"})
+    with pytest.raises(qf.CheckpointError, match=r'Invalid metadata in README.md.\n- "license" is not valid$'):
+        runs["lora"].push("me/bot")
+    assert hub.commits == []
+
+
 def test_the_bases_license_is_passed_on(tmp_path):
     """The license that the base's own card states is known; without a card none is."""
     assert terms_of(tmp_path) == {}
