@@ -103,6 +103,14 @@ def test_no_path_of_this_machine_is_published(hub, runs, dense_checkpoint):
     assert not [name for name, content in received.items() if str(dense_checkpoint.parent).encode() in content]
 
 
+def test_without_matplotlib_the_card_has_bars_alone(hub, runs, monkeypatch):
+    """No picture is published then, and the card speaks of none."""
+    monkeypatch.setattr("qwenft.run.find_spec", lambda _: None)
+    runs["lora"].push("me/bot")
+    assert "loss.png" not in hub.files("me/bot")
+    assert b"![" not in hub.files("me/bot")["README.md"]
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.usefixtures("without_fla")
 def test_stock_peft_loads_what_was_received(hub, runs, dense_checkpoint, tmp_path):
