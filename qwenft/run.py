@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +116,83 @@ class Run:
             SpecError: no such base.
         """
         return self.plan.export(self.prepared.model, Path(path), base)
+
+    def card(
+        self, repo_id: str = "your-name/your-model", *, merged: bool = False, revision: str | None = None
+    ) -> str:
+        """The model card with which :meth:`push` publishes, as Markdown.
+
+        Args:
+            repo_id: of the repository on the hub.
+            merged: of the whole model instead of the adapter.
+            revision: the branch.
+
+        Raises:
+            CheckpointError: the run is unfinished, and has no result yet.
+        """
+        from qwenft.models.publish import terms_of
+        from qwenft.reports.card import Place, render_card
+
+        adapter = self._result(merged=merged).name == "adapter"
+        picture = "loss.png" if find_spec("matplotlib") else None
+        environment = json.loads((self.folder / "environment.json").read_text("utf-8"))
+        place = Place(repo_id, revision, picture)
+        return render_card(self, place, adapter=adapter, environment=environment, terms=terms_of(self._base))
+
+    def push(
+        self, repo_id: str, *, merged: bool = False, private: bool = True, revision: str | None = None
+    ) -> str:
+        """Publish the adapter, or the whole model, on the hub in one commit, with a model card.
+
+        Nothing but safetensors, JSON, chat templates, text and pictures is uploaded, and no path of this machine.
+        Other files that the repository holds are left there.
+
+        Args:
+            repo_id: "name/model"; made where it is not there yet.
+            merged: the whole model instead of the adapter, exported to the run's ``merged/`` where it is not there
+                yet. Full fine-tuning always publishes the whole model.
+            private: whether nobody else sees it; a repository that is there already must be so.
+            revision: a branch, made where it is not there yet.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            CheckpointError: the run is unfinished, a file is of another kind, weights of something else lie in the
+                repository, or the hub refuses or cannot be reached. Nothing here has changed then.
+        """
+        from qwenft.models.publish import Repository, files_of_adapter, files_of_model
+        from qwenft.reports.card import base_name
+
+        result = self._result(merged=merged)
+        repository = Repository.claim(repo_id, private=private, revision=revision)
+        if not result.exists():
+            self.export(result)
+        if result.name == "adapter":
+            files = files_of_adapter(result, self._base, base_name(self.plan))
+        else:
+            files = files_of_model(result)
+        files["README.md"] = self.card(repo_id, merged=merged, revision=revision).encode()
+        if find_spec("matplotlib"):
+            files["loss.png"] = self.plot()._repr_png_()
+        return repository.commit(files, f"Run of {self.history[-1]['step']:,} steps with qwenft")
+
+    def _result(self, *, merged: bool) -> Path:
+        """The folder of the adapter or the whole model; that of a merged one need not be there yet."""
+        full = self.plan.recipe.adapter.kind == "full"
+        learned = self.folder / ("model" if full else "adapter")
+        if not learned.exists():
+            raise CheckpointError(
+                f"{self.folder} holds no {learned.name}: the run is {self.ending}",
+                fix=f'plan.train("{self.folder}") to its end',
+                path=self.folder,
+            )
+        return self.folder / "merged" if merged and not full else learned
+
+    @property
+    def _base(self) -> Path:
+        """The folder of the base checkpoint."""
+        return Path(self.prepared.tokenizer.name_or_path)
 
     def plot(self) -> Any:
         """The loss over the steps, as a matplotlib figure."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from qwenft.specs.training import TrainingSpec
     from qwenft.training_plan import TrainingPlan
 
-_BARS = " ▁▂▃▄▅▆▇█"
+BARS = " ▁▂▃▄▅▆▇█"
 _LEVELS = {"error": "error", "blocked": "blocked here", "note": "note"}
 
 
@@ -193,7 +193,7 @@ def lengths_text(data: DataReport) -> str:
         '▄█ ▁ up to 40 tokens'
     """
     most = max(count for _, count in data.lengths)
-    bars = "".join(_BARS[-(-count * (len(_BARS) - 1) // most)] for _, count in data.lengths)
+    bars = "".join(BARS[-(-count * (len(BARS) - 1) // most)] for _, count in data.lengths)
     return f"{bars} up to {data.lengths[-1][0]:,} tokens"
 
 
