@@ -51,14 +51,7 @@ def merge_adapter(
             fix="model=ModelSpec(...) of the checkpoint that it was made of",
             path=base.source,
         )
-    return write_export(
-        updates(begun, checkpoint),
-        checkpoint_folder(base),
-        Path(path),
-        checkpoint,
-        adapter=begun,
-        base=base.source,
-    )
+    return write_export(updates(begun, checkpoint), checkpoint_folder(base), Path(path), checkpoint, adapter=begun)
 
 
 def write_export(
@@ -67,7 +60,6 @@ def write_export(
     path: Path,
     checkpoint: Architecture,
     *,
-    base: str,
     adapter: Adapter | None = None,
     computed: Mapping[str, Callable[..., Any]] | None = None,
     run: Any = None,
@@ -80,7 +72,6 @@ def write_export(
         source: the folder of the base.
         path: of the result.
         checkpoint: the architecture of the whole base.
-        base: its name, for the report.
         adapter: what ``learned`` is made of; None after full fine-tuning.
         computed: what gives the weights that a run computed with, where it is merged into them.
         run: the model of the run, in memory.
@@ -110,7 +101,7 @@ def write_export(
                 fix="a run of more steps, or a larger learning_rate",
                 path=path,
             )
-        report = {"base": base, "tensors_changed": changed, "logits": logits}
+        report = {"base": checkpoint.hub_id or source.resolve().name, "tensors_changed": changed, "logits": logits}
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return path
 

@@ -89,6 +89,7 @@ class Run:
         *,
         max_new_tokens: int = 256,
         base: bool = False,
+        adapter: str | None = None,
         **options: Any,
     ) -> str:
         """The model's answer.
@@ -97,14 +98,58 @@ class Run:
             messages: a conversation, or the text of one user turn.
             max_new_tokens: at the most.
             base: let the model answer without its adapter.
+            adapter: let it answer with another one, that :meth:`load_adapter` named so.
             **options: of transformers' ``generate``; greedy where none are given.
         """
         from qwenft.models.generate import answer
 
-        return answer(self.prepared.model, self.prepared.tokenizer, messages, max_new_tokens, base=base, **options)
+        return answer(
+            self.prepared.model,
+            self.prepared.tokenizer,
+            messages,
+            max_new_tokens,
+            base=base,
+            adapter=adapter,
+            **options,
+        )
+
+    def load_adapter(self, path: str | Path, name: str) -> None:
+        """Put a further adapter, of a run or of peft, beside the one that was trained; it waits to be named.
+
+        ``run.generate(messages, adapter=name)`` answers with it; ``run.prepared.model.set_adapter(name)`` makes it
+        the active one.
+
+        Args:
+            path: its folder.
+            name: by which it is known from now on.
+
+        Raises:
+            CheckpointError: it is no adapter, or one of another base.
+            SpecError: there is one of that name, or the run trained no adapter.
+        """
+        self.plan.load_adapter(self.prepared.model, Path(path), name)
+
+    def save_adapter(self, path: str | Path, *, text_only_names: bool = False) -> Path:
+        """Write the adapter as peft's files into a folder of its own.
+
+        Args:
+            path: a new or empty folder.
+            text_only_names: under the names of the text half, ``...ForCausalLM``, for what loads that class alone.
+                Servers expect those of the class that is published, and load anything else as nothing.
+
+        Raises:
+            CheckpointError: the place is taken or cannot be written.
+            SpecError: the run trained no adapter, or one of the vision tower, which that class has not.
+        """
+        return self.plan.save_adapter(self.prepared.model, Path(path), text_only_names=text_only_names)
 
     def export(self, path: str | Path, *, base: str = "checkpoint") -> Path:
         """Write the original checkpoint with what was learned merged in, for plain transformers.
+
+        It has the files, keys, shapes and dtypes of the checkpoint. Before it takes its name every tensor is read
+        again and compared to the bit, and some logits are compared: of the base, of base plus adapter as peft
+        computes it, of the export, and of the run. ``export.json`` says how far these are apart; in float32 the
+        export's are those of what was merged (1e-4), or it is refused.
 
         Args:
             path: a new or empty folder.
@@ -112,7 +157,8 @@ class Run:
                 "dequantized" weights, with which the result computes what the run did.
 
         Raises:
-            CheckpointError: the place is taken or cannot be written, or the checkpoint is quantized itself.
+            CheckpointError: the place is taken or cannot be written, the checkpoint is quantized itself, or what
+                was written does not compute what was merged.
             SpecError: no such base.
         """
         return self.plan.export(self.prepared.model, Path(path), base)

@@ -17,7 +17,7 @@ from qwenft.data.sources import check_head
 from qwenft.errors import CheckpointError, DataError, PlanError, SpecError, nearest
 from qwenft.family.inventory import role_of
 from qwenft.machine import Machine
-from qwenft.models.adapter import Adapter
+from qwenft.models.adapter import TENSORS, Adapter
 from qwenft.models.checkpoint import architecture_of, checkpoint_folder, has_weights
 from qwenft.models.weights import storage_of
 from qwenft.plan.choice import Choice, choose
@@ -354,7 +354,6 @@ class TrainingPlan:
             self._folder,
             path,
             checkpoint,
-            base=self.recipe.model.source,
             adapter=adapter,
             computed=dequantized(model) if base == "dequantized" else {},
             run=model,
@@ -416,15 +415,45 @@ class TrainingPlan:
 
     def leave_results(self, model: Any, folder: Path) -> None:
         """Write what was learned into a run's folder, where it is not yet: the adapter, or the whole model."""
-        from qwenft.models.lora import save_adapter
-        from qwenft.training.folder import new_folder
-
         if self.recipe.adapter.kind == "full":
             if not (folder / "model").exists():
                 self.export(model, folder / "model")
         elif not (folder / "adapter").exists():
-            with new_folder(folder / "adapter") as adapter:
-                save_adapter(model, adapter, published=not self.draft.checkpoint.is_text_only)
+            self.save_adapter(model, folder / "adapter")
+
+    def save_adapter(self, model: Any, path: Path, *, text_only_names: bool = False) -> Path:
+        """Write a model's adapter; see :meth:`qwenft.run.Run.save_adapter`."""
+        from qwenft.models.lora import save_adapter
+        from qwenft.training.folder import new_folder
+
+        self._require_adapter()
+        if text_only_names and any(entry.weight.half == "vision" for entry in self.draft.trained):
+            raise SpecError(
+                "the adapter reaches the vision tower, which has no names in the text half's class",
+                fix="save_adapter(path)",
+                got=text_only_names,
+            )
+        with new_folder(path) as folder:
+            save_adapter(model, folder, text_only_names=text_only_names or self.draft.checkpoint.is_text_only)
+        return path
+
+    def load_adapter(self, model: Any, path: Path, name: str) -> None:
+        """Put a further adapter beside a model's own; see :meth:`qwenft.run.Run.load_adapter`."""
+        from qwenft.models.lora import load_adapter, lora_config
+
+        self._require_adapter()
+        adapter, loaded = Adapter.of_folder(path), self.draft.architecture
+        trained = adapter.trained_weights(loaded)
+        config = lora_config(loaded, adapter.spec, trained, self.recipe.model.source)
+        load_adapter(model, name, config, adapter, loaded)
+
+    def _require_adapter(self) -> None:
+        if self.recipe.adapter.kind == "full":
+            raise SpecError(
+                "full fine-tuning trains the weights themselves: there is no adapter",
+                fix="run.export(path), or AdapterSpec.lora()",
+                got="full",
+            )
 
     @property
     def is_verified(self) -> bool:
@@ -464,12 +493,14 @@ class TrainingPlan:
 
         How often it is saved, and how many checkpoints are kept, is not among them.
         """
-        from qwenft.models.checkpoint import weight_digests
+        from qwenft.models.checkpoint import file_digest, weight_digests
 
         recipe = Codec(folder=None).dump(self.recipe)
         for name in ("save_every", "keep_checkpoints"):
             del recipe["training"][name]
         values = {"recipe": recipe, "weights": weight_digests(self._folder), "data": self._corpus.digests}
+        if self.recipe.adapter.path is not None:
+            values["adapter"] = {TENSORS: file_digest(Path(self.recipe.adapter.path) / TENSORS)}
         return dict(json.loads(json.dumps(values)))
 
     @cached_property

@@ -105,16 +105,18 @@ def weight_digests(folder: Path) -> dict[str, str]:
     Raises:
         CheckpointError: a file is missing.
     """
-    digests = {}
-    for file in weight_files(folder):
-        size = file.stat().st_size
-        digest = hashlib.sha256()
-        with file.open("rb") as content:
-            for sample in range(_SAMPLES):
-                content.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-                digest.update(content.read(_SAMPLE_BYTES))
-        digests[file.name] = f"{size:,} bytes, sha256 of samples {digest.hexdigest()}"
-    return digests
+    return {file.name: file_digest(file) for file in weight_files(folder)}
+
+
+def file_digest(file: Path) -> str:
+    """The size of a file and a sha256 of samples of it."""
+    size = file.stat().st_size
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        for sample in range(_SAMPLES):
+            content.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+            digest.update(content.read(_SAMPLE_BYTES))
+    return f"{size:,} bytes, sha256 of samples {digest.hexdigest()}"
 
 
 def _require_weights(folder: Path) -> None:

@@ -149,10 +149,12 @@ class TokenRows(TrainableTokensLayer):
     def forward_adapters(self, x: torch.Tensor, active_adapters: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Ids [...] to [..., H], or of a head [..., H] to [..., V]."""
         active = [name for name in active_adapters if name in self.trainable_tokens_delta]
-        if self.disable_adapters or self.merged or len(active) != 1:
+        if self.disable_adapters or self.merged or len(active) > 1:
             return super().forward_adapters(x, active_adapters, *args, **kwargs)
-        rows = self.trainable_tokens_delta[active[0]]
         y: torch.Tensor = self.base_layer(x)
+        if not active:
+            return y
+        rows = self.trainable_tokens_delta[active[0]]
         ids = torch.tensor(self.token_indices[active[0]], device=rows.device)
         if not isinstance(self.base_layer, torch.nn.Embedding):
             return y.index_copy(-1, ids, x @ rows.to(x.dtype).T)
@@ -285,10 +287,12 @@ def load_adapter(model: Any, name: str, config: peft.LoraConfig, adapter: Adapte
     """
     if name in model.peft_config:
         raise SpecError(f"there is an adapter {name!r} already", fix=f'name="{name}-2"', got=name)
+    active = model.active_adapter
     with _as_peft_expects(model, seed=0):
         model.add_adapter(name, config)
     _use_own_layers(model)
     put_adapter(model, adapter, loaded, name)
+    model.set_adapter(active)  # what peft wraps anew knows of the new adapter alone
 
 
 @contextmanager
@@ -331,8 +335,9 @@ def output_head(model: Any) -> Any:
     head = causal_of(model).lm_head
     if isinstance(head, TrainableTokensWrapper):
         return head.token_adapter
-    if isinstance(head, ModulesToSaveWrapper) and not head.disable_adapters and head.active_adapters:
-        return head.modules_to_save[head.active_adapters[0]]
+    if isinstance(head, ModulesToSaveWrapper) and not head.disable_adapters:
+        active = [name for name in head.active_adapters if name in head.modules_to_save]
+        return head.modules_to_save[active[0]] if active else head.original_module
     return head
 
 
@@ -408,7 +413,7 @@ def base_name(parameter: str) -> str:
     return parameter.removeprefix("base_model.model.")
 
 
-def adapter_of(model: Any, *, published: bool) -> tuple[peft.LoraConfig, dict[str, torch.Tensor]]:
+def adapter_of(model: Any, *, text_only_names: bool) -> tuple[peft.LoraConfig, dict[str, torch.Tensor]]:
     """A peft model's adapter as its files are to hold it: beside the original weights.
 
     A pair that was taken out of the weight is put beside the trained one with its sign changed: with W = R + B0 A0
@@ -416,7 +421,8 @@ def adapter_of(model: Any, *, published: bool) -> tuple[peft.LoraConfig, dict[st
 
     Args:
         model: of :func:`add_lora`.
-        published: under the names of ``...ForConditionalGeneration``, also where the text half alone is loaded.
+        text_only_names: under the names of ``...ForCausalLM``, whichever class is loaded; else under those of
+            ``...ForConditionalGeneration``.
 
     Returns:
         The configuration, a copy, and the tensors by name.
@@ -435,8 +441,8 @@ def adapter_of(model: Any, *, published: bool) -> tuple[peft.LoraConfig, dict[st
         config.r, config.lora_alpha = 2 * config.r, growth * config.lora_alpha
         config.rank_pattern = {key: 2 * rank for key, rank in config.rank_pattern.items()}
         config.alpha_pattern = {key: growth * alpha for key, alpha in config.alpha_pattern.items()}
-    if published:
-        tensors = {_published(name): tensor for name, tensor in tensors.items()}
+    rename = _of_text_alone if text_only_names else _of_vision_language
+    tensors = {rename(name): tensor for name, tensor in tensors.items()}
     return config, {name: tensor.detach() for name, tensor in tensors.items()}
 
 
@@ -446,29 +452,33 @@ def stored_adapter(model: Any) -> Adapter:
     Raises:
         CheckpointError: its update is more than its pairs.
     """
-    config, tensors = adapter_of(model, published=False)
+    config, tensors = adapter_of(model, text_only_names=True)
     values = json.loads(json.dumps(config.to_dict(), default=list))
     require_lora(values, "the model's adapter")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return Adapter(values, shapes, tensors.__getitem__, "the model's adapter")
 
 
-def save_adapter(model: Any, folder: Path, *, published: bool) -> None:
+def save_adapter(model: Any, folder: Path, *, text_only_names: bool) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into an empty folder.
 
     Args:
         model: a peft model.
         folder: exists.
-        published: under the names of the class that the checkpoint is published as: an adapter saved under the
-            text half's names loads as nothing, without an error, wherever the vision-language class is served.
+        text_only_names: under the names of ``...ForCausalLM``. An adapter that is saved so loads as nothing,
+            without an error, wherever the class is served that the checkpoint is published as.
     """
-    config, tensors = adapter_of(model, published=published)
+    config, tensors = adapter_of(model, text_only_names=text_only_names)
     # A head that is the embedding is written by its own name too: a file holds no two names of one tensor.
     held = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
     save_file(held, folder / TENSORS, metadata={"format": "pt"})
     config.save_pretrained(folder)
 
 
-def _published(name: str) -> str:
+def _of_vision_language(name: str) -> str:
     is_alone = name.startswith(_TEXT_ALONE) and not name.startswith((_IN_VISION_LANGUAGE, _VISION))
     return name.replace(_TEXT_ALONE, _IN_VISION_LANGUAGE, 1) if is_alone else name
+
+
+def _of_text_alone(name: str) -> str:
+    return name.replace(_IN_VISION_LANGUAGE, _TEXT_ALONE, 1)

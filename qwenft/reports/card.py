@@ -113,7 +113,7 @@ def _summary(run: Run, *, adapter: bool) -> str:
     base = f"[{name}](https://huggingface.co/{hub_id})" if hub_id else f"`{name}`, which is not on the hub"
     revision = plan.recipe.model.revision
     at = f" at `{revision}`" if revision else ""
-    lora = f"LoRA of rank {plan.recipe.adapter.rank}"
+    lora = f"LoRA of rank {plan.draft.adapter.rank}"
     if adapter:
         subject = f"An adapter, {lora}, for {base}{at}"
     elif plan.recipe.adapter.kind == "lora":
@@ -206,7 +206,7 @@ def _settings(plan: TrainingPlan) -> list[tuple[str, str]]:
     """Every setting of the adapter and of the training that is not off, and what runs them."""
     recipe, draft = plan.recipe, plan.draft
     dump = Codec(folder=None).dump
-    adapter = dump(recipe.adapter) if recipe.adapter.kind == "lora" else {"frozen": recipe.adapter.frozen}
+    adapter = dump(draft.adapter) if draft.adapter.kind == "lora" else {"frozen": draft.adapter.frozen}
     training = {name: value for name, value in dump(recipe.training).items() if name not in _NO_SETTINGS}
     training["loss"] = recipe.training.chosen_loss
     few_bits = draft.storage.kind or "none"

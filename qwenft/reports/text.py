@@ -88,7 +88,7 @@ def facts(plan: TrainingPlan) -> list[tuple[str, str]]:
     half = "with vision tower" if recipe.model.vision else "text half"
     place = "of" if recipe.adapter.kind == "full" else "beside"
     held = sum(row.held for row in plan.coverage)
-    method = "full fine-tuning" if recipe.adapter.kind == "full" else f"LoRA rank {recipe.adapter.rank}"
+    method = "full fine-tuning" if recipe.adapter.kind == "full" else f"LoRA rank {draft.adapter.rank}"
     return [
         ("model", f"{draft.checkpoint.name} ({half}, {precision})"),
         ("machine", plan.machine.name),
