@@ -49,8 +49,8 @@ def write_merged(model: Any, source: Path, folder: Path, *, tied: bool, dequanti
     """Write a whole checkpoint into an empty folder: what was learned merged in, all other tensors copied.
 
     Tensors keep the dtype that the source stores them in, and sums are made in float32; towers that were not
-    loaded and ``mtp.*`` are copied. What the source holds quantized is written in the dtype of its embeddings.
-    What was written is read again and compared, to the bit.
+    loaded are copied, and ``mtp.*`` unless it was trained. What the source holds quantized is written in the dtype
+    of its embeddings. What was written is read again and compared, to the bit.
 
     Args:
         model: trained, with or without LoRA; it is left as it is.

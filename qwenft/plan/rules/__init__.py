@@ -24,6 +24,7 @@ RULES: tuple[Callable[[Draft], Iterator[Finding]], ...] = (
     model.roles_exist,
     model.adapter_fields,
     model.targets_match,
+    model.multi_token_prediction,
     model.lora_limits,
     model.not_trained,
     attention.packing_is_exact,

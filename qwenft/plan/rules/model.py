@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from qwenft.family.inventory import inventory
 from qwenft.family.roles import default_adapter_roles, roles_of
-from qwenft.plan.coverage import coverage, matches, trained_weights
+from qwenft.plan.coverage import coverage, matches, trained_roles, trained_weights
 from qwenft.plan.findings import error, note
 from qwenft.plan.storage import NF4_BLOCK
 
@@ -71,7 +71,9 @@ def roles_exist(draft: Draft) -> Iterator[Finding]:
         for role in roles:
             if role in present:
                 continue
-            if role in roles_of(draft.checkpoint):
+            if role == "mtp" and draft.checkpoint.has_mtp:
+                yield error(f"adapter.{method}", '"mtp" is not loaded', "AdapterSpec.full().train_mtp()")
+            elif role in roles_of(draft.checkpoint):
                 yield error(f"adapter.{method}", f'"{role}" is not loaded', "recipe.with_model(vision=True)")
             elif role == "lm_head":
                 yield error(
@@ -123,6 +125,27 @@ def targets_match(draft: Draft) -> Iterator[Finding]:
             )
     if not trained_weights(draft.architecture, adapter):
         yield error("adapter", "nothing is trained", "AdapterSpec.lora()")
+
+
+def multi_token_prediction(draft: Draft) -> Iterator[Finding]:
+    """Train the layer that predicts the token after next where there is one, with a loss that knows of it."""
+    adapter, loss, place = draft.adapter, draft.training.chosen_loss, "adapter.train_mtp"
+    if not adapter.mtp_weight:
+        return
+    if adapter.kind == "lora":
+        yield error(place, 'the weights of "mtp" are trained themselves', "AdapterSpec.full().train_mtp()")
+    elif not draft.checkpoint.has_mtp:
+        problem = f"{draft.checkpoint.name} has not the one multi-token-prediction layer of the family"
+        yield error(place, problem, "leave .train_mtp out")
+    elif "mtp" not in trained_roles(draft.architecture, adapter):
+        left_out = "freeze" if "mtp" in adapter.frozen else "on"
+        yield error(place, f'.{left_out} leaves "mtp" out', '.on(..., "mtp"), or no .train_mtp')
+    if not isinstance(loss, str):
+        yield error(
+            place,
+            f'{loss.__name__}() is given what the model\'s own head is given, and nothing of "mtp"',
+            'loss="chunked", or no .train_mtp',
+        )
 
 
 def lora_limits(draft: Draft) -> Iterator[Finding]:
