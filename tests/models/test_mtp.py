@@ -144,12 +144,13 @@ def test_no_document_reaches_another(checkpoint):
 def test_every_place_gets_the_next_token_of_its_document():
     """Ids, labels and weights move together; the last token of a document stays, untrained."""
     batch = batch_of([[1, 2, 3], [4], [5, 6]])
-    batch = attrs.evolve(batch, weights=torch.arange(6.0))
+    # Labels behind the ends of documents too, as no data has them.
+    batch = attrs.evolve(batch, labels=torch.tensor([2, 3, 9, 9, 6, 9]), weights=torch.arange(6.0))
     shifted = one_token_on(batch)
     assert shifted.input_ids.tolist() == [2, 3, 3, 4, 6, 6]
-    assert shifted.labels.tolist() == [3, IGNORED, IGNORED, IGNORED, IGNORED, IGNORED]
+    assert shifted.labels.tolist() == [3, 9, IGNORED, IGNORED, 9, IGNORED]
     assert shifted.weights.tolist() == [1, 2, 2, 3, 5, 5]
-    assert shifted.tokens == 1
+    assert shifted.tokens == 1 + 2 + 5
     assert one_token_on(batch_of([[1, 2]])).weights is None
 
 
