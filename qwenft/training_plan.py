@@ -17,6 +17,7 @@ from qwenft.data.sources import check_head
 from qwenft.errors import CheckpointError, DataError, PlanError, SpecError, nearest
 from qwenft.family.inventory import role_of
 from qwenft.machine import Machine
+from qwenft.models.adapter import Adapter
 from qwenft.models.checkpoint import architecture_of, checkpoint_folder, has_weights
 from qwenft.models.weights import storage_of
 from qwenft.plan.choice import Choice, choose
@@ -52,10 +53,14 @@ def compile_recipe(recipe: Recipe, machine: Machine | None, *, strict: bool) -> 
     native = recipe.model.dtype != "bfloat16" or machine.native_bfloat16
     compute_dtype = recipe.model.dtype if native else "float32"
     slots, problems = _slots(recipe, loaded, machine, compute_dtype)
+    asked = recipe.adapter
+    begun = None if asked.path is None else Adapter.of_folder(Path(asked.path))
     draft = Draft(
         model=recipe.model,
         data=recipe.data,
-        adapter=recipe.adapter,
+        asked_adapter=asked,
+        adapter=asked if begun is None else begun.spec,
+        trained=trained_weights(loaded, asked) if begun is None else begun.trained_weights(loaded),
         attention=recipe.attention,
         training=recipe.training,
         checkpoint=checkpoint,
@@ -167,26 +172,25 @@ class TrainingPlan:
     @property
     def coverage(self) -> tuple[CoverageRow, ...]:
         """What is trained of each role."""
-        return coverage(self.draft.architecture, self.recipe.adapter)
+        return coverage(self.draft.architecture, self.draft.trained)
 
     @property
     def trained_parameters(self) -> int:
         """How many parameters are trained."""
-        return sum(entry.parameters for entry in trained_weights(self.draft.architecture, self.recipe.adapter))
+        return sum(entry.parameters for entry in self.draft.trained)
 
     @property
     def state(self) -> StateBytes:
         """The bytes of weights, gradients and optimizer."""
-        recipe = self.recipe
-        return state_bytes(self.draft.architecture, recipe.adapter, recipe.training, self.draft.storage)
+        draft = self.draft
+        return state_bytes(draft.architecture, draft.trained, draft.training, draft.storage)
 
     @property
     def storage(self) -> tuple[StorageRow, ...]:
         """How the weights of each role are held, and the bytes that takes; those that are trained included."""
-        trained = trained_weights(self.draft.architecture, self.recipe.adapter)
-        masters = frozenset(entry.weight for entry in trained if entry.rank is None)
+        masters = tuple(entry.weight for entry in self.draft.trained if entry.how == "itself")
         asked = self.recipe.training.master_weights
-        return storage_rows(self.draft.architecture, self.draft.storage, masters if asked else frozenset())
+        return storage_rows(self.draft.architecture, self.draft.storage, masters if asked else ())
 
     @property
     def fingerprint(self) -> str:
@@ -247,7 +251,9 @@ class TrainingPlan:
         model = prepare_model(
             self._folder,
             self.draft.architecture,
-            adapter=self.recipe.adapter,
+            adapter=self.draft.adapter,
+            trained=self.draft.trained,
+            begun=None if self.recipe.adapter.path is None else Adapter.of_folder(Path(self.recipe.adapter.path)),
             training=self.recipe.training,
             backends=self.draft.backends,
             storage=self.draft.storage,
@@ -330,10 +336,11 @@ class TrainingPlan:
 
     def export(self, model: Any, path: Path, base: str = "checkpoint") -> Path:
         """Write the merged checkpoint; see :meth:`qwenft.run.Run.export`."""
-        from qwenft.models.export import write_merged
+        from qwenft.models.export import dequantized, trained, updates, write_merged
+        from qwenft.models.lora import stored_adapter
         from qwenft.training.folder import new_folder
 
-        storage, bases = self.draft.storage, ("checkpoint", "dequantized")
+        checkpoint, storage, bases = self.draft.checkpoint, self.draft.storage, ("checkpoint", "dequantized")
         if base not in bases:
             problem = f"export(base={base!r}): expected one of {', '.join(bases)}{nearest(base, bases)}"
             raise SpecError(problem, fix='base="checkpoint"', got=base, expected=bases)
@@ -344,8 +351,14 @@ class TrainingPlan:
                 path=path,
             )
         with new_folder(path) as folder:
-            dequantized = base == "dequantized"
-            write_merged(model, self._folder, folder, tied=self.draft.checkpoint.tied, dequantized=dequantized)
+            full = self.recipe.adapter.kind == "full"
+            write_merged(
+                trained(model) if full else updates(stored_adapter(model), checkpoint),
+                self._folder,
+                folder,
+                tied=checkpoint.tied,
+                computed=dequantized(model) if base == "dequantized" else {},
+            )
         return path
 
     def save_quantized(self, path: str | os.PathLike[str]) -> ModelSpec:
@@ -411,7 +424,7 @@ class TrainingPlan:
                 self.export(model, folder / "model")
         elif not (folder / "adapter").exists():
             with new_folder(folder / "adapter") as adapter:
-                save_adapter(model, adapter, self.draft.checkpoint, self.draft.architecture)
+                save_adapter(model, adapter, published=not self.draft.checkpoint.is_text_only)
 
     @property
     def is_verified(self) -> bool:

@@ -16,7 +16,7 @@ import attrs
 from qwenft.family.architectures import FULL_ATTENTION
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from qwenft.family.architectures import Architecture, ExpertShape, VisionShape
 
@@ -86,6 +86,11 @@ class Weight:
         return f"{self.module}.{self.parameter}".startswith(FLOAT32)
 
     @property
+    def is_norm_or_bias(self) -> bool:
+        """Whether it is a norm or a bias, that of the Gated DeltaNet's time steps among them."""
+        return "norm" in self.module.rpartition(".")[2] or self.parameter.endswith("bias")
+
+    @property
     def lora_target(self) -> Target | None:
         """Whether LoRA reaches it through its module, by its parameter's name, or not at all.
 
@@ -102,6 +107,12 @@ class Weight:
     def lora_name(self) -> str:
         """The suffix by which peft finds it: of the module, or of the bare parameter."""
         return f"{self.module_suffix}.{self.parameter}" if self.lora_target == "parameter" else self.module_suffix
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """`lora_name` in each layer, by which peft finds it there and nowhere else."""
+        container = "layers" if self.half == "text" else "blocks"
+        return tuple(f"{container}.{layer}.{self.lora_name}" for layer in self.layers)
 
     def module_names(self, *, text_only: bool = False) -> tuple[str, ...]:
         """The full name of its module in each layer.
@@ -126,6 +137,21 @@ class Weight:
     def names(self, *, text_only: bool = False) -> tuple[str, ...]:
         """Its full name in each layer, as ``named_parameters()`` gives it; see `module_names`."""
         return tuple(f"{module}.{self.parameter}" for module in self.module_names(text_only=text_only))
+
+
+def parted(weight: Weight, taken: Iterable[Weight]) -> tuple[Weight | None, Weight | None]:
+    """A weight in the layers where it is not among ``taken``, and in those where it is; None for neither."""
+    place = (weight.half, weight.module, weight.parameter)
+    found = [other for other in taken if (other.half, other.module, other.parameter) == place]
+    if not weight.layers:
+        return (None, weight) if found else (weight, None)
+    layers = {layer for other in found for layer in other.layers}
+    left, there = (
+        tuple(layer for layer in weight.layers if (layer in layers) is among) for among in (False, True)
+    )
+    return attrs.evolve(weight, layers=left) if left else None, attrs.evolve(
+        weight, layers=there
+    ) if there else None
 
 
 def role_of(architecture: Architecture, parameter: str) -> str:

@@ -4,70 +4,92 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import attrs
-import peft
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from qwenft.errors import CheckpointError
 from qwenft.kernels.quantized import dense, dense_experts, is_quantized
 from qwenft.models.bind import causal_of
 from qwenft.models.checkpoint import INDEX
-from qwenft.models.lora import ParamWrapper
 from qwenft.models.quantize import read_dense, stored_shape
 from qwenft.models.safetensors_file import TensorFile, as_bytes
 from qwenft.models.weights import Weights, canonical, expert_part, is_quantization_state, write_index
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
+
+    from qwenft.family.architectures import Architecture
+    from qwenft.models.adapter import Adapter, Beside
 
 
 @attrs.frozen
-class _Part:
-    """Of a parameter in memory, what a tensor of a file is: all of it, an expert, or half of one."""
+class Part:
+    """Of a parameter in memory, what is looked at: some rows of all of it, of an expert, or of half of one."""
 
     expert: int | None = None
     half: int | None = None
+    rows: slice = slice(None)
 
     def of(self, weight: torch.Tensor) -> torch.Tensor:
-        """The part of a weight [E, O, ...]."""
-        if self.expert is None:
-            return weight
-        one = weight[self.expert]
-        return one if self.half is None else one.chunk(2, dim=0)[self.half]
+        """The part of a weight [E, O, ...] or [O, ...]."""
+        if self.expert is not None:
+            weight = weight[self.expert]
+        if self.half is not None:
+            weight = weight.chunk(2, dim=0)[self.half]
+        return weight[self.rows] if weight.ndim else weight
 
 
-#: Makes a trained tensor of the source's, or of a part of it.
-_Reader = Callable[[torch.Tensor, _Part], torch.Tensor]
+@attrs.frozen
+class Update:
+    """What makes of a part of the source's tensor what it is to be.
+
+    Args:
+        apply: the function.
+        whole: it needs all rows at once.
+    """
+
+    apply: Callable[[torch.Tensor, Part], torch.Tensor]
+    whole: bool = False
 
 
-def write_merged(model: Any, source: Path, folder: Path, *, tied: bool, dequantized: bool) -> None:
+def write_merged(
+    learned: Mapping[str, Update],
+    source: Path,
+    folder: Path,
+    *,
+    tied: bool,
+    computed: Mapping[str, Callable[[Part], torch.Tensor]],
+) -> int:
     """Write a whole checkpoint into an empty folder: what was learned merged in, all other tensors copied.
 
     Tensors keep the dtype that the source stores them in, and sums are made in float32; towers that were not
     loaded are copied, and ``mtp.*`` unless it was trained. What the source holds quantized is written in the dtype
-    of its embeddings. What was written is read again and compared, to the bit.
+    of its embeddings.
+    One tensor, or a block of its rows, is in memory at a time. What was written is read again and compared, to the
+    bit.
 
     Args:
-        model: trained, with or without LoRA; it is left as it is.
+        learned: of :func:`updates`, or :func:`trained`.
         source: the folder of the base checkpoint.
         folder: exists.
         tied: the output head is the embedding.
-        dequantized: merge into the weights that the run computed with, where these are quantized.
+        computed: of :func:`dequantized`, to merge into the weights that a run computed with.
+
+    Returns:
+        How many tensors of the files were changed.
 
     Raises:
         CheckpointError: a trained tensor has no place in the source, or one reads otherwise than it was written.
     """
-    merge = _Merge(Weights(source), dict(_learned(model)), dict(_quantized(model)) if dequantized else {}, tied)
+    merge = _Merge(Weights(source), learned, computed, tied)
     for file in merge.weights.files:
         with TensorFile(folder / file.name, merge.announced(file), {"format": "pt"}) as written:
-            for stored, tensor in merge.tensors(file):
-                written.write(stored, tensor)
-    left = sorted(set(merge.learned) - merge.placed)
+            for stored, name in merge.names(file):
+                written.write(stored, (block for _, block in merge.blocks(name)))
+    left = sorted(set(learned) - merge.placed)
     if left:
         raise CheckpointError(f"{source}: no place for the trained tensor {left[0]}", path=source, missing=left)
     for file in source.iterdir():
@@ -75,6 +97,9 @@ def write_merged(model: Any, source: Path, folder: Path, *, tied: bool, dequanti
             shutil.copy2(file, folder / file.name)
     _forget_quantization(folder)
     _check_written(merge, Weights(folder))
+    return sum(
+        _origin(name, tied=tied)[0] in learned for file in merge.weights.files for _, name in merge.names(file)
+    )
 
 
 def _check_written(merge: _Merge, written: Weights) -> None:
@@ -85,14 +110,15 @@ def _check_written(merge: _Merge, written: Weights) -> None:
             stored: written.entry(name) for name, stored in written.of_file(written.folder / file.name)
         } != announced:
             raise CheckpointError(f"{file.name} holds other tensors than were written", path=written.folder)
-        for stored, tensor in merge.tensors(file):
-            found = written.read(stored)
-            if not torch.equal(as_bytes(found), as_bytes(tensor.to("cpu", found.dtype))):
-                raise CheckpointError(
-                    f"{stored} in {file.name} reads otherwise than it was written",
-                    fix="another disk; what was learned is in the run's checkpoints and adapter as it was",
-                    path=written.folder,
-                )
+        for stored, name in merge.names(file):
+            for rows, block in merge.blocks(name):
+                found = written.read(stored) if rows == slice(None) else written.rows(stored, rows)
+                if not torch.equal(as_bytes(found), as_bytes(block.to("cpu", found.dtype))):
+                    raise CheckpointError(
+                        f"{stored} in {file.name} reads otherwise than it was written",
+                        fix="another disk; what was learned is in the run's checkpoints and adapter as it was",
+                        path=written.folder,
+                    )
 
 
 @attrs.define(eq=False)
@@ -108,44 +134,52 @@ class _Merge:
     """
 
     weights: Weights
-    learned: dict[str, _Reader]
-    computed: dict[str, Callable[[_Part], torch.Tensor]]
+    learned: Mapping[str, Update]
+    computed: Mapping[str, Callable[[Part], torch.Tensor]]
     tied: bool
     placed: set[str] = attrs.field(factory=set)
+
+    def names(self, file: Path) -> Iterator[tuple[str, str]]:
+        """The tensors of a file: their names in it, and without ``language_model``."""
+        of_file = self.weights.of_file(file)
+        return ((stored, name) for name, stored in of_file if not is_quantization_state(stored))
 
     def announced(self, file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         """The dtype and shape of every tensor of a file."""
         dense_dtype, _ = self.weights.entry("model.embed_tokens.weight")
         found = {}
-        for stored, name in self._names(file):
+        for stored, name in self.names(file):
             shape = stored_shape(self.weights, name)
             found[stored] = self.weights.entry(name) if shape is None else (dense_dtype, shape)
         return found
 
-    def tensors(self, file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor of a file, in the dtype in which it was made."""
-        for stored, name in self._names(file):
-            key, part = _origin(name, tied=self.tied)
-            tensor = self.computed[key](part) if key in self.computed else read_dense(self.weights, name)
-            if key in self.learned:
-                self.placed.add(key)
-                tensor = self.learned[key](tensor, part)
-            yield stored, tensor
+    def blocks(self, name: str) -> Iterator[tuple[slice, torch.Tensor]]:
+        """A tensor as it is to be, in blocks of rows, in the dtype in which it was made."""
+        key, part = _origin(name, tied=self.tied)
+        whole = slice(None)
+        originals: Iterator[tuple[slice, torch.Tensor]]
+        update = self.learned.get(key)
+        if key in self.computed:
+            originals = iter([(whole, self.computed[key](part))])
+        elif stored_shape(self.weights, name) is not None or (update and update.whole):
+            originals = iter([(whole, read_dense(self.weights, name))])
+        else:
+            originals = self.weights.blocks(name)
+        if update is not None:
+            self.placed.add(key)
+        for rows, original in originals:
+            yield rows, original if update is None else update.apply(original, attrs.evolve(part, rows=rows))
 
-    def _names(self, file: Path) -> Iterator[tuple[str, str]]:
-        of_file = self.weights.of_file(file)
-        return ((stored, name) for name, stored in of_file if not is_quantization_state(stored))
 
-
-def _origin(name: str, *, tied: bool) -> tuple[str, _Part]:
+def _origin(name: str, *, tied: bool) -> tuple[str, Part]:
     """The parameter in memory that a tensor of the file is, or is a part of, and which part."""
     if tied and name == "lm_head.weight":  # some files repeat a tied head
-        return "model.embed_tokens.weight", _Part()
+        return "model.embed_tokens.weight", Part()
     found = expert_part(name)
     if found is None:
-        return name, _Part()
+        return name, Part()
     stack, expert, part = found
-    return stack, _Part(expert, None if part == "down" else ("gate", "up").index(part))
+    return stack, Part(expert, None if part == "down" else ("gate", "up").index(part))
 
 
 def _forget_quantization(folder: Path) -> None:
@@ -160,73 +194,97 @@ def _forget_quantization(folder: Path) -> None:
         write_index(folder, places)
 
 
-def _learned(model: Any) -> Iterator[tuple[str, _Reader]]:
-    """Canonical name of every parameter that training changed, and what makes it of a tensor of the source."""
-    base = causal_of(model)
-    adapted = False
-    for name, module in base.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            adapted = True
-            parameter = getattr(module, "parameter_name", "weight")
-            key = canonical(f"{name.replace('.base_layer', '')}.{parameter}")
-            of_experts = isinstance(module, ParamWrapper)
-            yield key, _experts_reader(module) if of_experts else _merged_reader(module, parameter)
-    if adapted:
-        return
-    for name, parameter in base.named_parameters():
-        if parameter.requires_grad:
-            yield canonical(name), _trained_reader(parameter.detach())
+def trained(model: Any) -> dict[str, Update]:
+    """What full fine-tuning made of the weights that it trained, by their names without ``language_model``."""
+
+    def update(parameter: torch.Tensor) -> Update:
+        return Update(lambda _, part: part.of(parameter))
+
+    return {
+        canonical(name): update(parameter.detach())
+        for name, parameter in causal_of(model).named_parameters()
+        if parameter.requires_grad
+    }
 
 
-def _trained_reader(parameter: torch.Tensor) -> _Reader:
-    return lambda _, part: part.of(parameter)
+def updates(adapter: Adapter, base: Architecture) -> dict[str, Update]:
+    """What an adapter makes of the weights that it is beside, in float32.
+
+    Args:
+        adapter: of any base of this shape.
+        base: the whole checkpoint's architecture.
+
+    Raises:
+        CheckpointError: the adapter is of another base.
+    """
+    return {entry.name: _update(adapter, entry) for entry in adapter.beside(base)}
 
 
-def _experts_reader(module: ParamWrapper) -> _Reader:
-    """Adds the pairs of the experts that a tensor holds, in float32."""
-
-    @torch.no_grad()
-    def read(original: torch.Tensor, part: _Part) -> torch.Tensor:
-        pair = module.pair()
-        if pair is None:
-            return original
-        a, b = pair.a if part.expert is None else pair.a[part.expert], part.of(pair.b)
-        return original.float() + pair.scaling * (b.float() @ a.float()).to(original.device)
-
-    return read
-
-
-def _merged_reader(module: Any, parameter: str) -> _Reader:
-    """Lets peft add the adapter's update to the tensor, in float32, and leaves the module as it was."""
-
-    def read(original: torch.Tensor, _: _Part) -> torch.Tensor:
-        base = module.get_base_layer()
-        held = getattr(base, parameter)
-        try:
-            # Merging adds in place.
-            setattr(base, parameter, torch.nn.Parameter(original.to(held.device, torch.float32, copy=True)))
-            if is_quantized(held):
-                peft.tuners.lora.Linear.merge(module)  # its own would quantize what it merges
-            else:
-                module.merge()
-            merged: torch.Tensor = getattr(module.get_base_layer(), parameter).data.clone()
-            return merged
-        finally:
-            module.merged_adapters.clear()
-            setattr(base, parameter, held)
-
-    return read
+def _update(adapter: Adapter, entry: Beside) -> Update:
+    tensors = entry.tensors
+    if entry.how == "copy":
+        return Update(lambda _, part: part.of(adapter.read(tensors["copy"])))
+    if entry.how == "rows":
+        return Update(lambda original, part: _with_rows(original, part, adapter, tensors["rows"]))
+    if entry.weight.kind == "experts":
+        return Update(lambda original, part: _with_expert_pair(original, part, adapter, entry))
+    # The magnitudes of an embedding are the lengths of its columns.
+    whole = entry.weight.kind == "embedding" and "magnitude" in tensors
+    return Update(lambda original, part: _with_pair(original, part, adapter, entry), whole)
 
 
-def _quantized(model: Any) -> Iterator[tuple[str, Callable[[_Part], torch.Tensor]]]:
-    """Canonical name of every quantized parameter, and what makes a part of it dense, in float32."""
-    for name, parameter in causal_of(model).named_parameters():
-        if is_quantized(parameter):
-            yield canonical(name.replace(".base_layer", "")), _dense_reader(parameter)
+@torch.no_grad()
+def _with_pair(original: torch.Tensor, part: Part, adapter: Adapter, entry: Beside) -> torch.Tensor:
+    """W + s B A, and with DoRA its rows at the lengths that were trained (arXiv:2402.09353, eq. 5)."""
+    a, b = (adapter.read(entry.tensors[name]).float() for name in ("a", "b"))
+    if entry.weight.kind == "embedding":
+        a, b = b.T, a.T  # peft's are those of the embedding transposed
+    merged = original.float() + entry.scaling * (b[part.rows] @ a).to(original.device)
+    if "magnitude" not in entry.tensors:
+        return merged
+    magnitude = adapter.read(entry.tensors["magnitude"]).float().flatten().to(original.device)
+    if entry.weight.kind == "embedding":
+        return magnitude / torch.linalg.vector_norm(merged, dim=0) * merged
+    return (magnitude[part.rows] / torch.linalg.vector_norm(merged, dim=1))[:, None] * merged
 
 
-def _dense_reader(parameter: torch.Tensor) -> Callable[[_Part], torch.Tensor]:
-    def read(part: _Part) -> torch.Tensor:
+@torch.no_grad()
+def _with_expert_pair(original: torch.Tensor, part: Part, adapter: Adapter, entry: Beside) -> torch.Tensor:
+    """The same of one expert's tensor, of a half of one, or of the whole stack [E, O, I].
+
+    peft lays the experts out as the slow index of A's rows, and the fast one of B's columns.
+    """
+    a, b = (adapter.read(entry.tensors[name]) for name in ("a", "b"))
+    count = entry.weight.shape[0]
+    a_XRI = a.view(count, entry.rank, -1)
+    b_XOR = b.view(len(b), entry.rank, count).permute(2, 0, 1)
+    if part.expert is None:
+        a_XRI, b_XOR = a_XRI[part.rows], b_XOR[part.rows]
+    else:
+        a_XRI, b_XOR = a_XRI[part.expert], part.of(b_XOR)
+    return original.float() + entry.scaling * (b_XOR.float() @ a_XRI.float()).to(original.device)
+
+
+def _with_rows(original: torch.Tensor, part: Part, adapter: Adapter, stored: str) -> torch.Tensor:
+    merged = original.to(torch.float32, copy=True)
+    start = part.rows.start or 0
+    for token, row in zip(adapter.tokens, adapter.read(stored), strict=True):
+        if start <= token < start + len(merged):
+            merged[token - start] = row.float()
+    return merged
+
+
+def dequantized(model: Any) -> dict[str, Callable[[Part], torch.Tensor]]:
+    """What makes a part of each quantized parameter of a model dense, in float32."""
+    return {
+        canonical(name.replace(".base_layer", "")): _dense_reader(parameter)
+        for name, parameter in causal_of(model).named_parameters()
+        if is_quantized(parameter)
+    }
+
+
+def _dense_reader(parameter: torch.Tensor) -> Callable[[Part], torch.Tensor]:
+    def read(part: Part) -> torch.Tensor:
         if part.expert is None:
             return dense(parameter, torch.float32)
         one = dense_experts(parameter, part.expert, part.expert + 1, torch.float32)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qwenft.data.chat import ChatEncoder
-from qwenft.models.bind import causal_of
+from qwenft.models.lora import output_head
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def answer(
     template = ChatEncoder(tokenizer).template()
     conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     inputs = tokenizer(template.ask(conversation), return_tensors="pt", add_special_tokens=False)
-    inputs = inputs.to(causal_of(model).lm_head.weight.device)  # the embeddings may be on the host
+    inputs = inputs.to(output_head(model).weight.device)  # the embeddings may be on the host
     was_training = model.training
     model.eval()
     with model.disable_adapter() if base and hasattr(model, "disable_adapter") else nullcontext():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,26 +12,35 @@ import attrs
 import peft
 import peft.tuners.lora.bnb
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from qwenft.errors import SpecError
+from qwenft.family.inventory import inventory
 from qwenft.kernels.experts import LowRank
 from qwenft.kernels.lora import lora_product
 from qwenft.kernels.quantized import dense_shape, is_quantized
+from qwenft.models.adapter import TENSORS, Adapter, require_lora
+from qwenft.models.bind import causal_of
 from qwenft.models.precision import CastLinear, RoutedExperts
 from qwenft.models.quantize import Linear4bit, Linear8bit
-from qwenft.plan.coverage import trained_weights
+from qwenft.models.weights import canonical
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from qwenft.family.architectures import Architecture
+    from qwenft.family.inventory import Weight
+    from qwenft.plan.coverage import TrainedWeight
     from qwenft.specs.adapter import AdapterSpec
 
 _TEXT_ALONE = "base_model.model.model."
 _IN_VISION_LANGUAGE = "base_model.model.model.language_model."
+_VISION = "base_model.model.model.visual."
 
 
 class _Fused:
@@ -37,13 +48,25 @@ class _Fused:
 
     DoRA, dropout, several active adapters, merged or disabled ones, and modules with hooks go through peft's own
     forward.
+
+    Attributes:
+        taken_out: the initial pair (A, B) that was taken out of the weight, if one was.
     """
+
+    lora_A: Any
+    lora_B: Any
+    taken_out: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[..., I] to [..., O]."""
         adapter = None if args or kwargs else self._plain_adapter()
-        if adapter is None:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
+        without = self.taken_out is not None and (self.disable_adapters or "default" not in self.active_adapters)
+        if adapter is None or without:
+            y: torch.Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            if not without:
+                return y
+            a, b = (part.to(x.dtype) for part in self.taken_out)
+            return y + self.scaling["default"] * (x @ a.T @ b.T)  # beside the base as it was
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         return lora_product(x, self.base_layer.weight, a, b, self.scaling[adapter])
 
@@ -119,11 +142,33 @@ class ParamWrapper(peft.tuners.lora.ParamWrapper):
         super().merge(*args, **kwargs)
 
 
+class TokenRows(TrainableTokensLayer):
+    """Rows of some tokens in place of those of a frozen embedding or head.
+
+    peft's own layer copies the whole weight at every call, and gives its whole a gradient.
+    """
+
+    def forward_adapters(self, x: torch.Tensor, active_adapters: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Ids [...] to [..., H], or of a head [..., H] to [..., V]."""
+        active = [name for name in active_adapters if name in self.trainable_tokens_delta]
+        if self.disable_adapters or self.merged or len(active) != 1:
+            return super().forward_adapters(x, active_adapters, *args, **kwargs)
+        rows = self.trainable_tokens_delta[active[0]]
+        y: torch.Tensor = self.base_layer(x)
+        ids = torch.tensor(self.token_indices[active[0]], device=rows.device)
+        if not isinstance(self.base_layer, torch.nn.Embedding):
+            return y.index_copy(-1, ids, x @ rows.to(x.dtype).T)
+        is_one = x.to(ids.device)[..., None] == ids
+        own = torch.nn.functional.embedding(is_one.int().argmax(-1), rows).to(y)
+        return torch.where(is_one.any(-1, keepdim=True).to(y.device), own, y)
+
+
 _LINEARS = (torch.nn.Linear, CastLinear, Linear4bit, Linear8bit)
 _FUSED: dict[type, Any] = {
     peft.tuners.lora.Linear: LoraLinear,
     peft.tuners.lora.bnb.Linear4bit: LoraLinear4bit,
     peft.tuners.lora.bnb.Linear8bitLt: LoraLinear8bit,
+    TrainableTokensLayer: TokenRows,
 }
 
 
@@ -157,19 +202,31 @@ def _full_shapes(model: Any) -> Iterator[None]:
             setattr(module, name, stack)
 
 
-def lora_config(loaded: Architecture, adapter: AdapterSpec, source: str) -> peft.LoraConfig:
+def lora_config(
+    loaded: Architecture, adapter: AdapterSpec, trained: tuple[TrainedWeight, ...], source: str
+) -> peft.LoraConfig:
     """The configuration of an adapter, as peft's own class.
 
     Args:
         loaded: the architecture as it is loaded.
         adapter: of kind "lora".
+        trained: what it comes to.
         source: the base checkpoint, written into the adapter's files.
     """
-    trained = trained_weights(loaded, adapter)
-    names = {
-        target: {entry.weight.lora_name: entry.rank for entry in trained if entry.weight.lora_target == target}
-        for target in ("module", "parameter")
-    }
+    whole = set(inventory(loaded))
+    targets: dict[str, list[str]] = {"module": [], "parameter": []}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for entry in trained:
+        weight = entry.weight
+        if entry.how == "pair":
+            assert weight.lora_target is not None
+            names = (weight.lora_name,) if weight in whole else weight.layer_names
+            targets[weight.lora_target].extend(names)
+            ranks |= {name: entry.rank for name in names if entry.rank != adapter.rank}
+            alphas |= {name: entry.alpha for name in names if entry.alpha != adapter.alpha}
+    heads = ("embed_tokens",) if loaded.tied else ("embed_tokens", "lm_head")
+    copies = {name for entry in trained if entry.how == "copy" for name in _copied(entry.weight, whole)}
     return peft.LoraConfig(
         base_model_name_or_path=source,
         task_type="CAUSAL_LM",
@@ -178,12 +235,24 @@ def lora_config(loaded: Architecture, adapter: AdapterSpec, source: str) -> peft
         lora_dropout=adapter.dropout,
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
-        target_modules=sorted(names["module"]),
-        target_parameters=sorted(names["parameter"]) or None,
-        rank_pattern={
-            suffix: rank for of in names.values() for suffix, rank in of.items() if rank != adapter.rank
-        },
+        init_lora_weights=True if adapter.initialization == "kaiming" else adapter.initialization,
+        target_modules=sorted(targets["module"]),
+        target_parameters=sorted(targets["parameter"]) or None,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        modules_to_save=sorted(copies) or None,
+        trainable_token_indices={name: list(adapter.tokens) for name in heads} if adapter.tokens else None,
+        ensure_weight_tying=loaded.tied and "embed_tokens" in copies,
     )
+
+
+def _copied(weight: Weight, whole: set[Weight]) -> tuple[str, ...]:
+    """What names of modules to copy end in, for peft; it looks at no dot, and "norm" alone would end many."""
+    if weight.module_suffix == "norm":
+        return ("model.norm", "language_model.norm")
+    if weight in whole:
+        return (weight.module_suffix,)
+    return tuple(f"layers.{layer}.{weight.module_suffix}" for layer in weight.layers)
 
 
 def add_lora(model: Any, config: peft.LoraConfig, *, seed: int) -> Any:
@@ -194,31 +263,143 @@ def add_lora(model: Any, config: peft.LoraConfig, *, seed: int) -> Any:
         config: where, and of what rank.
         seed: of the initial values.
     """
+    # peft would write the folder that was loaded into the adapter's files, and warn that it differs.
+    model.name_or_path = config.base_model_name_or_path
+    with _as_peft_expects(model, seed):
+        adapted = peft.get_peft_model(model, config)
+    _use_own_layers(adapted)
+    return adapted
+
+
+def load_adapter(model: Any, name: str, config: peft.LoraConfig, adapter: Adapter, loaded: Architecture) -> None:
+    """Put a further adapter beside those of a peft model; it is not active then.
+
+    Args:
+        model: of :func:`add_lora`.
+        name: by which ``model.set_adapter`` knows it.
+        config: of the adapter.
+        adapter: its tensors.
+        loaded: the architecture of the model as it is loaded.
+
+    Raises:
+        SpecError: there is one of that name.
+    """
+    if name in model.peft_config:
+        raise SpecError(f"there is an adapter {name!r} already", fix=f'name="{name}-2"', got=name)
+    with _as_peft_expects(model, seed=0):
+        model.add_adapter(name, config)
+    _use_own_layers(model)
+    put_adapter(model, adapter, loaded, name)
+
+
+@contextmanager
+def _as_peft_expects(model: Any, seed: int) -> Iterator[None]:
     with torch.random.fork_rng(), warnings.catch_warnings(), _full_shapes(model):
         # peft 0.21 asks transformers 5.23 by the older of two names.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-        # It applies ranks of parameters, and looks for them among modules alone.
-        warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
-        # peft would write the folder that was loaded into the adapter's files, and warn that it differs.
-        model.name_or_path = config.base_model_name_or_path
+        # It applies ranks and alphas of parameters, and looks for them among modules alone.
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
         torch.manual_seed(seed)
-        adapted = peft.get_peft_model(model, config)
-    for module in adapted.modules():
+        yield
+
+
+def _use_own_layers(model: Any) -> None:
+    """Give peft's layers our classes, and what is trained float32."""
+    for module in model.modules():
         module.__class__ = _FUSED.get(type(module), type(module))
         if isinstance(module, peft.tuners.lora.ParamWrapper) and isinstance(
             module.get_base_layer(), RoutedExperts
         ):
             module.__class__ = ParamWrapper
-    return adapted
+        if (
+            isinstance(module, _Fused)
+            and module.taken_out is None
+            and str(_initialization(model)).startswith(("pissa", "olora"))
+        ):
+            a, b = (part["default"].weight.detach().clone() for part in (module.lora_A, module.lora_B))
+            module.taken_out = (a, b)
+        if isinstance(module, ModulesToSaveWrapper):
+            for copied in module.modules_to_save.values():
+                if type(copied) is torch.nn.Linear and copied.bias is None:
+                    copied.__class__ = CastLinear
+                    # peft 0.21 builds a tied head with its sizes swapped.
+                    copied.out_features, copied.in_features = copied.weight.shape
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
 
 
-def require_reached(model: Any, loaded: Architecture, adapter: AdapterSpec) -> None:
+def _initialization(model: Any) -> Any:
+    return model.peft_config["default"].init_lora_weights
+
+
+def output_head(model: Any) -> Any:
+    """The module that makes logits, with what is trained in its place."""
+    head = causal_of(model).lm_head
+    if isinstance(head, TrainableTokensWrapper):
+        return head.token_adapter
+    if isinstance(head, ModulesToSaveWrapper) and not head.disable_adapters and head.active_adapters:
+        return head.modules_to_save[head.active_adapters[0]]
+    return head
+
+
+def _layers(model: Any) -> dict[str, Any]:
+    """Peft's layers by the weights that they are beside, without ``language_model``."""
+    found: dict[str, Any] = {}
+    for name, module in causal_of(model).named_modules():
+        path = canonical(name.replace(".base_layer", ""))
+        if isinstance(module, ModulesToSaveWrapper):
+            original = module.original_module.named_parameters(recurse=False)
+            found |= {f"{path}.{parameter}": module for parameter, _ in original}
+        elif isinstance(module, TrainableTokensLayer):
+            found[f"{path.removesuffix('.token_adapter')}.weight"] = module
+        elif isinstance(module, BaseTunerLayer):
+            found[f"{path}.{getattr(module, 'parameter_name', 'weight')}"] = module
+    return found
+
+
+@torch.no_grad()
+def put_adapter(model: Any, adapter: Adapter, loaded: Architecture, name: str = "default") -> None:
+    """Give an adapter of a model the values of one that was saved; it must be beside the same weights.
+
+    Args:
+        model: of :func:`add_lora`, with a config that was made of the saved adapter.
+        adapter: the saved one.
+        loaded: the architecture as it is loaded.
+        name: of the model's.
+
+    Raises:
+        CheckpointError: it is of another base.
+    """
+    layers = _layers(model)
+    for entry in adapter.beside(loaded):
+        layer = layers[entry.name]
+        of_embedding = entry.weight.kind == "embedding"
+        for part, stored in entry.tensors.items():
+            if part == "copy":
+                held = getattr(layer.modules_to_save[name], entry.weight.parameter)
+            elif part == "rows":
+                held = layer.trainable_tokens_delta[name]
+            elif part == "magnitude":
+                held = layer.lora_magnitude_vector[name].weight
+            elif of_embedding:
+                held = (layer.lora_embedding_A if part == "a" else layer.lora_embedding_B)[name]
+            else:
+                held = (layer.lora_A if part == "a" else layer.lora_B)[name].weight
+            read = adapter.read(stored)
+            if held.is_meta:
+                torch.utils.swap_tensors(held, torch.nn.Parameter(read.float(), requires_grad=False))
+            else:
+                held.copy_(read.view(held.shape))
+
+
+def require_reached(model: Any, trained: tuple[TrainedWeight, ...]) -> None:
     """Refuse an adapter that reaches other weights than its plan says, or none.
 
     Raises:
         SpecError: such.
     """
-    planned = sum(entry.parameters for entry in trained_weights(loaded, adapter))
+    planned = sum(entry.parameters for entry in trained)
     reached = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if reached != planned:
         raise SpecError(
@@ -234,31 +415,67 @@ def base_name(parameter: str) -> str:
     return parameter.removeprefix("base_model.model.")
 
 
-def save_adapter(model: Any, folder: Path, checkpoint: Architecture, loaded: Architecture) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into an empty folder.
+def adapter_of(model: Any, *, published: bool) -> tuple[peft.LoraConfig, dict[str, torch.Tensor]]:
+    """A peft model's adapter as its files are to hold it: beside the original weights.
 
-    The names are those of the class that the checkpoint is published as: an adapter saved under the text half's
-    names loads as nothing, without an error, wherever the vision-language class is served.
+    A pair that was taken out of the weight is put beside the trained one with its sign changed: with W = R + B0 A0
+    it is R + B A = W + [B, -B0] [A; A0] (peft, LoraModel.subtract_mutated_init), at twice the rank.
+
+    Args:
+        model: of :func:`add_lora`.
+        published: under the names of ``...ForConditionalGeneration``, also where the text half alone is loaded.
+
+    Returns:
+        The configuration, a copy, and the tensors by name.
+    """
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    config = copy.deepcopy(model.peft_config["default"])
+    config.inference_mode = True
+    layers = {name: module for name, module in model.named_modules() if getattr(module, "taken_out", None)}
+    for name, module in layers.items():
+        a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        tensors[a] = torch.cat([tensors[a], module.taken_out[0]])
+        tensors[b] = torch.cat([tensors[b], -module.taken_out[1]], dim=1)
+    if layers:
+        growth = 2**0.5 if config.use_rslora else 2  # of alpha, so that its quotient stays
+        config.init_lora_weights = True
+        config.r, config.lora_alpha = 2 * config.r, growth * config.lora_alpha
+        config.rank_pattern = {key: 2 * rank for key, rank in config.rank_pattern.items()}
+        config.alpha_pattern = {key: growth * alpha for key, alpha in config.alpha_pattern.items()}
+    if published:
+        tensors = {_published(name): tensor for name, tensor in tensors.items()}
+    return config, {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def stored_adapter(model: Any) -> Adapter:
+    """A peft model's adapter, to be merged.
+
+    Raises:
+        CheckpointError: its update is more than its pairs.
+    """
+    config, tensors = adapter_of(model, published=False)
+    values = json.loads(json.dumps(config.to_dict(), default=list))
+    require_lora(values, "the model's adapter")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return Adapter(values, shapes, tensors.__getitem__, "the model's adapter")
+
+
+def save_adapter(model: Any, folder: Path, *, published: bool) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into an empty folder.
 
     Args:
         model: a peft model.
         folder: exists.
-        checkpoint: the whole checkpoint's architecture.
-        loaded: the part of it that was loaded.
+        published: under the names of the class that the checkpoint is published as: an adapter saved under the
+            text half's names loads as nothing, without an error, wherever the vision-language class is served.
     """
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    if loaded.is_text_only and not checkpoint.is_text_only:
-        tensors = {_published(name): tensor for name, tensor in tensors.items()}
-    save_file(
-        {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()},
-        folder / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
-    config = model.peft_config["default"]
-    trained_in, config.inference_mode = config.inference_mode, True
+    config, tensors = adapter_of(model, published=published)
+    # A head that is the embedding is written by its own name too: a file holds no two names of one tensor.
+    held = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(held, folder / TENSORS, metadata={"format": "pt"})
     config.save_pretrained(folder)
-    config.inference_mode = trained_in
 
 
 def _published(name: str) -> str:
-    return name.replace(_TEXT_ALONE, _IN_VISION_LANGUAGE, 1) if name.startswith(_TEXT_ALONE) else name
+    is_alone = name.startswith(_TEXT_ALONE) and not name.startswith((_IN_VISION_LANGUAGE, _VISION))
+    return name.replace(_TEXT_ALONE, _IN_VISION_LANGUAGE, 1) if is_alone else name

@@ -1,4 +1,4 @@
-"""A safetensors file that is written tensor by tensor, so that no more than one of them is in memory.
+"""A safetensors file that is written tensor by tensor, in blocks, so that no more than one of them is in memory.
 
 The format is that of https://github.com/huggingface/safetensors: eight bytes with the length of a JSON header, the
 header with dtype, shape and place of every tensor, and the tensors one behind the other.
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -44,13 +45,16 @@ class TensorFile:
         self._file = path.open("xb")
         self._file.write(struct.pack("<Q", len(text)) + text)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Add the next tensor, in the dtype that was announced."""
+    def write(self, name: str, blocks: Iterable[torch.Tensor]) -> None:
+        """Add the next tensor, in blocks of its rows, in the dtype that was announced."""
         assert name == next(iter(self._left))
         entry = self._left.pop(name)
-        held = tensor.detach().to("cpu", _DTYPES.get(entry["dtype"], tensor.dtype))
-        assert list(held.shape) == entry["shape"], name
-        self._file.write(as_bytes(held).numpy().data)
+        start, end = entry["data_offsets"]
+        for block in blocks:
+            held = block.detach().to("cpu", _DTYPES.get(entry["dtype"], block.dtype))
+            assert list(held.shape[1:]) == entry["shape"][1:], name
+            start += self._file.write(as_bytes(held).numpy().data)
+        assert start == end, name
 
     def __enter__(self) -> Self:
         return self

@@ -6,6 +6,7 @@ A plan looks at their names through this file, and so it loads no torch until a 
 from __future__ import annotations
 
 import json
+import math
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 #: What bitsandbytes saves beside a packed weight.
 NF4_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
+#: Elements of a block of rows: 128 MiB in float32.
+_BLOCK = 2**25
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
@@ -102,14 +105,30 @@ class Weights:
             tensor: torch.Tensor = tensors.get_tensor(stored)
             return tensor
 
+    def blocks(self, name: str) -> Iterator[tuple[slice, torch.Tensor]]:
+        """One tensor in blocks of rows, of at most `_BLOCK` elements, or a row, each."""
+        _, shape = self.entry(name)
+        height = max(1, _BLOCK // max(1, math.prod(shape[1:])))
+        if not shape or shape[0] <= height:
+            yield slice(None), self.read(name)
+            return
+        for start in range(0, shape[0], height):
+            rows = slice(start, min(start + height, shape[0]))
+            yield rows, self.rows(name, rows)
+
+    def rows(self, name: str, rows: slice) -> torch.Tensor:
+        """Some rows of a tensor."""
+        file, stored = self._places[canonical(name)]
+        # Opened anew for every block: pages of what was read before stay with an open file.
+        with self._open(file) as tensors:
+            read: torch.Tensor = tensors.get_slice(stored)[rows]
+            return read
+
     def experts(self, name: str, count: int) -> Iterator[torch.Tensor]:
         """The experts [O, I] of a stack, one after the other, however the files hold them."""
         if name in self:
-            # A tensor of its own each: a slice keeps what was read before it in memory.
             for expert in range(count):
-                file, stored = self._places[canonical(name)]
-                with self._open(file) as tensors:
-                    yield tensors.get_slice(stored)[expert]
+                yield self.rows(name, slice(expert, expert + 1))[0]
         else:
             import torch
 

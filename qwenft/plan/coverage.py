@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import attrs
 
@@ -11,8 +11,13 @@ from qwenft.family.parameters import added_sizes, parameter_counts
 from qwenft.family.roles import default_adapter_roles, roles_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from qwenft.family.architectures import Architecture
     from qwenft.specs.adapter import AdapterSpec
+
+#: The weight itself; a LoRA pair beside it; a copy beside it (peft's modules_to_save); rows beside it, of tokens.
+How = Literal["itself", "pair", "copy", "rows"]
 
 
 @attrs.frozen
@@ -20,14 +25,18 @@ class TrainedWeight:
     """A weight that is trained.
 
     Args:
-        weight: which.
-        rank: of the LoRA pair beside it; None where the weight itself is trained.
+        weight: which, with the layers where it is trained.
+        how: "itself", or what is trained beside it while it stays: a "pair", a "copy", or "rows" of tokens.
         sizes: elements of each tensor that is trained, in one layer.
+        rank: of the pair.
+        alpha: of the pair.
     """
 
     weight: Weight
-    rank: int | None
+    how: How
     sizes: tuple[int, ...]
+    rank: int = 0
+    alpha: float = 0.0
 
     @property
     def parameters(self) -> int:
@@ -54,35 +63,53 @@ class CoverageRow:
     held: int
 
 
-def trained_roles(architecture: Architecture, adapter: AdapterSpec) -> tuple[str, ...]:
-    """The roles that are adapted, or trained in full, in the family's order."""
-    if adapter.kind == "lora":
-        return adapter.roles or default_adapter_roles(architecture)
-    return tuple(role for role in adapter.roles or roles_of(architecture) if role not in adapter.frozen)
-
-
 def trained_weights(architecture: Architecture, adapter: AdapterSpec) -> tuple[TrainedWeight, ...]:
     """Every weight that a recipe trains.
 
     Args:
         architecture: the model as it is loaded: without its tower where only the text half is.
-        adapter: what is asked.
+        adapter: what is asked; not one that was loaded, whose files say it.
     """
-    roles = trained_roles(architecture, adapter)
-    weights = inventory(architecture)
+    weights = [found for weight in inventory(architecture) for found in _within(weight, adapter.layers)]
     if adapter.kind == "full":
-        return tuple(TrainedWeight(w, None, (w.size,)) for w in weights if w.role in roles)
-    trained = []
+        roles = set(adapter.roles or roles_of(architecture)) - set(adapter.frozen)
+        kept = [w for w in weights if w.role in roles and (w.is_norm_or_bias or not adapter.norms_and_biases)]
+        return tuple(TrainedWeight(w, "itself", (w.size,)) for w in kept)
+    return (
+        *(_pair(weight, adapter) for weight in _adapted(weights, architecture, adapter)),
+        *(TrainedWeight(w, "copy", (w.size,)) for w in weights if w.role in adapter.copied),
+        *(
+            TrainedWeight(w, "rows", (len(adapter.tokens) * w.shape[1],))
+            for w in (weights if adapter.tokens else ())
+            if w.role in ("embeddings", "lm_head")
+        ),
+    )
+
+
+def _within(weight: Weight, layers: tuple[int, ...]) -> Iterator[Weight]:
+    """A weight in these decoder layers; vision blocks, and what lies outside of layers, are not restricted."""
+    if not layers or not weight.layers or weight.half == "vision":
+        yield weight
+    elif kept := tuple(layer for layer in weight.layers if layer in layers):
+        yield attrs.evolve(weight, layers=kept)
+
+
+def _adapted(weights: Iterable[Weight], architecture: Architecture, adapter: AdapterSpec) -> Iterator[Weight]:
+    """What gets a LoRA pair; a weight that is trained in full gets none beside it."""
+    roles = set(adapter.roles or default_adapter_roles(architecture)) - set(adapter.copied)
     for weight in weights:
         if weight.lora_target is not None and (weight.role in roles or _is_named(weight, adapter)):
-            rank = adapter.rank_of(weight.role)
-            trained.append(TrainedWeight(weight, rank, added_sizes(weight, rank, dora=adapter.dora)))
-    return tuple(trained)
+            yield weight
 
 
-def coverage(architecture: Architecture, adapter: AdapterSpec) -> tuple[CoverageRow, ...]:
+def _pair(weight: Weight, adapter: AdapterSpec) -> TrainedWeight:
+    rank = adapter.rank_of(weight.role)
+    sizes = added_sizes(weight, rank, dora=adapter.dora)
+    return TrainedWeight(weight, "pair", sizes, rank, adapter.alpha_of(weight.role))
+
+
+def coverage(architecture: Architecture, trained: tuple[TrainedWeight, ...]) -> tuple[CoverageRow, ...]:
     """A row for every role of the model, trained or not."""
-    trained = trained_weights(architecture, adapter)
     return tuple(_row(architecture, role, trained) for role in roles_of(architecture))
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from qwenft.family.architectures import Architecture
     from qwenft.machine import Machine
     from qwenft.plan.choice import Choice
+    from qwenft.plan.coverage import TrainedWeight
     from qwenft.plan.storage import Storage
     from qwenft.specs.adapter import AdapterSpec
     from qwenft.specs.attention import AttentionSpec
@@ -49,7 +50,9 @@ class Draft:
     Args:
         model: what is asked of the checkpoint.
         data: the data, or None.
-        adapter: what is trained.
+        asked_adapter: what is asked to be trained.
+        adapter: the same, or of an adapter that is loaded what its files say.
+        trained: what that comes to.
         attention: the backends that are asked for.
         training: the loop.
         checkpoint: the architecture of the whole checkpoint.
@@ -64,7 +67,9 @@ class Draft:
 
     model: ModelSpec
     data: DataSpec | None
+    asked_adapter: AdapterSpec
     adapter: AdapterSpec
+    trained: tuple[TrainedWeight, ...]
     attention: AttentionSpec
     training: TrainingSpec
     checkpoint: Architecture

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from qwenft.family.inventory import inventory
-from qwenft.plan.coverage import trained_weights
+from qwenft.family.inventory import inventory, parted
 from qwenft.plan.storage import ITEM_BYTES
 
 if TYPE_CHECKING:
     from qwenft.family.architectures import Architecture
+    from qwenft.plan.coverage import TrainedWeight
     from qwenft.plan.storage import Storage
-    from qwenft.specs.adapter import AdapterSpec
     from qwenft.specs.training import TrainingSpec
 
 
@@ -103,22 +102,21 @@ _BLOCK = 256
 
 
 def state_bytes(
-    architecture: Architecture, adapter: AdapterSpec, training: TrainingSpec, storage: Storage
+    architecture: Architecture, entries: tuple[TrainedWeight, ...], training: TrainingSpec, storage: Storage
 ) -> StateBytes:
     """Count what a run holds.
 
     Args:
         architecture: the model as it is loaded.
-        adapter: what is trained.
+        entries: what is trained.
         training: the optimizer, and how trained weights and gradients are held.
         storage: how weights are held.
     """
-    entries = trained_weights(architecture, adapter)
-    replaced = {entry.weight for entry in entries if entry.rank is None}
+    replaced = [entry.weight for entry in entries if entry.how == "itself"]
     trained = gradients = optimizer = on_host = weights = 0
     for entry in entries:
         item = _FLOAT32
-        if entry.rank is None and not training.master_weights and not entry.weight.is_float32:
+        if entry.how == "itself" and not training.master_weights and not entry.weight.is_float32:
             item = ITEM_BYTES[storage.dtype]
         trained += item * entry.parameters
         if training.optimizer_in_backward:
@@ -127,9 +125,8 @@ def state_bytes(
             gradients += (_FLOAT32 if accumulates(training) else item) * entry.parameters
         optimizer += entry.weight.instances * sum(_optimizer_bytes(size, training) for size in entry.sizes)
     for weight in inventory(architecture):
-        held = 0
-        if weight not in replaced:
-            held = sum(storage.bytes_of(weight, text_only=architecture.is_text_only).values())
+        kept, _ = parted(weight, replaced)
+        held = 0 if kept is None else sum(storage.bytes_of(kept, text_only=architecture.is_text_only).values())
         if weight.role == "embeddings" and training.embeddings_on_host:
             on_host += held
         else:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from qwenft.family.inventory import inventory
+from qwenft.family.inventory import inventory, parted
 
 if TYPE_CHECKING:
     from qwenft.family.architectures import Architecture
@@ -92,7 +92,7 @@ class StorageRow:
 
 
 def storage_rows(
-    loaded: Architecture, storage: Storage, masters: frozenset[Weight] = frozenset()
+    loaded: Architecture, storage: Storage, masters: tuple[Weight, ...] = ()
 ) -> tuple[StorageRow, ...]:
     """The bytes of each role in each format that it is held in, in the order of the model.
 
@@ -103,9 +103,9 @@ def storage_rows(
     """
     totals: dict[tuple[str, str], int] = {}
     for weight in inventory(loaded):
-        held = Storage("float32") if weight in masters else storage
-        for held_in, count in held.bytes_of(weight, text_only=loaded.is_text_only).items():
-            totals[weight.role, held_in] = totals.get((weight.role, held_in), 0) + count
+        for part, held in zip(parted(weight, masters), (storage, Storage("float32")), strict=True):
+            for held_in, count in (held.bytes_of(part, text_only=loaded.is_text_only) if part else {}).items():
+                totals[weight.role, held_in] = totals.get((weight.role, held_in), 0) + count
     return tuple(StorageRow(role, held_in, count) for (role, held_in), count in totals.items())
 
 

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import os
+import re
+from typing import Any, ClassVar
 
 import attrs
 
 from qwenft.family.roles import ROLES
-from qwenft.specs.base import Check, flag, known_roles, number, one_of, spec, whole
+from qwenft.specs.base import Check, flag, known_roles, number, one_of, spec, text, whole
 
 KINDS = ("lora", "full")
+_INITIALIZATION = re.compile(r"kaiming|gaussian|orthogonal|olora|pissa|pissa_niter_\d+")
 
 
 def _are_roles(value: Any) -> bool:
     return isinstance(value, tuple) and all(role in ROLES for role in value)
 
 
-def _is_ranked_role(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and value[0] in ROLES and type(value[1]) is int
+def _is_of_role(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and value[0] in ROLES
 
 
 def _are_ranks(value: Any) -> bool:
-    return isinstance(value, tuple) and all(_is_ranked_role(pair) and pair[1] >= 1 for pair in value)
+    return isinstance(value, tuple) and all(
+        _is_of_role(pair) and type(pair[1]) is int and pair[1] >= 1 for pair in value
+    )
+
+
+def _are_alphas(value: Any) -> bool:
+    return isinstance(value, tuple) and all(
+        _is_of_role(pair) and type(pair[1]) in (int, float) and 0 < pair[1] < math.inf for pair in value
+    )
+
+
+def _are_indices(value: Any) -> bool:
+    return (
+        isinstance(value, tuple)
+        and all(type(index) is int and index >= 0 for index in value)
+        and len(value) == len(set(value))
+    )
 
 
 def _are_names(value: Any) -> bool:
@@ -45,6 +65,17 @@ class AdapterSpec:
         roles: what is adapted or trained; empty for the default.
         frozen: roles that full fine-tuning leaves alone.
         ranks: (role, rank) pairs.
+        alphas: (role, alpha) pairs.
+        initialization: of the pairs: "kaiming" (B is zero), "gaussian", "orthogonal", or out of the weight itself:
+            "pissa" (arXiv:2404.02948; "pissa_niter_16" by a faster, approximate decomposition) and "olora"
+            (arXiv:2406.01775). These two take the initial pair out of the weight, and are saved as a plain
+            adapter of the original weight, of twice the rank.
+        layers: decoder layers where something is adapted or trained; empty for all. What lies outside of them,
+            such as the vision tower, is not restricted.
+        copied: roles that are trained in full beside the pairs (peft's ``modules_to_save``).
+        tokens: ids whose rows of the embeddings, and of the output head, are trained beside the pairs.
+        norms_and_biases: full fine-tuning of norms and biases alone (BitFit, arXiv:2106.10199).
+        path: the folder of an adapter that is trained on, which decides all the rest.
         target_modules: suffixes of further modules to adapt.
         target_parameters: suffixes of further bare parameters to adapt.
         mtp_weight: of the multi-token-prediction layer's loss; at 0 that layer is not loaded, and exports keep it.
@@ -53,6 +84,16 @@ class AdapterSpec:
         >>> AdapterSpec.lora(rank=8).on("full_attention", "mlp").with_rank(mlp=4).ranks
         (('mlp', 4),)
     """
+
+    #: Arguments of other libraries, each refused with what stands for it.
+    RENAMED: ClassVar[dict[str, str]] = {
+        "r": "rank=16",
+        "lora_alpha": "alpha=32",
+        "lora_dropout": "dropout=0.05",
+        "use_rslora": "rslora=True",
+        "use_dora": "dora=True",
+        "init_lora_weights": 'initialization="pissa"',
+    }
 
     kind: str = attrs.field(kw_only=True, validator=one_of(KINDS, "AdapterSpec.lora()"))
     rank: int = attrs.field(default=16, kw_only=True, validator=whole("AdapterSpec.lora(rank=16)"))
@@ -75,6 +116,39 @@ class AdapterSpec:
         kw_only=True,
         validator=Check(_are_ranks, "roles with ranks of at least 1", ".with_rank(mlp=8)"),
     )
+    alphas: tuple[tuple[str, float], ...] = attrs.field(
+        default=(),
+        kw_only=True,
+        validator=Check(_are_alphas, "roles with alphas above 0", ".with_alpha(mlp=16)"),
+    )
+    initialization: str = attrs.field(
+        default="kaiming",
+        kw_only=True,
+        validator=Check(
+            lambda value: isinstance(value, str) and _INITIALIZATION.fullmatch(value) is not None,
+            "one of 'kaiming', 'gaussian', 'orthogonal', 'olora', 'pissa', 'pissa_niter_16'",
+            'AdapterSpec.lora(initialization="pissa")',
+        ),
+    )
+    layers: tuple[int, ...] = attrs.field(
+        default=(),
+        kw_only=True,
+        validator=Check(_are_indices, "different indices of layers", ".with_layers(*range(16, 24))"),
+    )
+    copied: tuple[str, ...] = attrs.field(
+        default=(), kw_only=True, validator=Check(_are_roles, "roles of the family", '.train_fully("lm_head")')
+    )
+    tokens: tuple[int, ...] = attrs.field(
+        default=(),
+        kw_only=True,
+        validator=Check(_are_indices, "different token ids", ".train_tokens(248_077, 248_078)"),
+    )
+    norms_and_biases: bool = attrs.field(
+        default=False, kw_only=True, validator=flag("AdapterSpec.full().only_norms_and_biases()")
+    )
+    path: str | None = attrs.field(
+        default=None, kw_only=True, validator=text('AdapterSpec.load("runs/a/adapter")', optional=True)
+    )
     target_modules: tuple[str, ...] = attrs.field(
         default=(),
         kw_only=True,
@@ -95,9 +169,24 @@ class AdapterSpec:
         dropout: float = 0.0,
         rslora: bool = False,
         dora: bool = False,
+        *,
+        initialization: str = "kaiming",
     ) -> AdapterSpec:
         """Low-rank pairs beside frozen weights; without ``.on``: both attentions and the (shared) MLP."""
-        return cls(kind="lora", rank=rank, alpha=alpha, dropout=dropout, rslora=rslora, dora=dora)
+        return cls(
+            kind="lora",
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            rslora=rslora,
+            dora=dora,
+            initialization=initialization,
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> AdapterSpec:
+        """The adapter in a folder, of a run or of peft, to be trained on: what it adapts, its files say."""
+        return cls(kind="lora", path=os.fspath(path))
 
     @classmethod
     def full(cls) -> AdapterSpec:
@@ -125,6 +214,30 @@ class AdapterSpec:
         known_roles(tuple(ranks), "AdapterSpec.with_rank")
         return attrs.evolve(self, ranks=tuple(sorted({**dict(self.ranks), **ranks}.items())))
 
+    def with_alpha(self, **alphas: float) -> AdapterSpec:
+        """Give roles alphas of their own: ``.with_alpha(mlp=16)``."""
+        known_roles(tuple(alphas), "AdapterSpec.with_alpha")
+        return attrs.evolve(self, alphas=tuple(sorted({**dict(self.alphas), **alphas}.items())))
+
+    def with_layers(self, *indices: int) -> AdapterSpec:
+        """Adapt, or train, these decoder layers alone: ``.with_layers(*range(16, 24))``."""
+        return attrs.evolve(self, layers=_ascending(indices))
+
+    def train_fully(self, *roles: str) -> AdapterSpec:
+        """Train these roles in full beside the pairs of the others: ``.train_fully("lm_head", "norms")``."""
+        return attrs.evolve(self, copied=known_roles(roles, "AdapterSpec.train_fully"))
+
+    def train_tokens(self, *ids: int) -> AdapterSpec:
+        """Train these tokens' rows of the embeddings, and of the output head, beside the pairs.
+
+        An id is what ``tokenizer.convert_tokens_to_ids("<|tool|>")`` gives.
+        """
+        return attrs.evolve(self, tokens=_ascending(ids))
+
+    def only_norms_and_biases(self) -> AdapterSpec:
+        """In full fine-tuning, train of every role its norms and biases alone."""
+        return attrs.evolve(self, norms_and_biases=True)
+
     def with_target_modules(self, *suffixes: str) -> AdapterSpec:
         """Adapt modules whose names end so, beside those of the roles."""
         return attrs.evolve(self, target_modules=suffixes)
@@ -136,3 +249,12 @@ class AdapterSpec:
     def rank_of(self, role: str) -> int:
         """The rank of a role's pairs."""
         return dict(self.ranks).get(role, self.rank)
+
+    def alpha_of(self, role: str) -> float:
+        """The alpha of a role's pairs."""
+        return dict(self.alphas).get(role, self.alpha)
+
+
+def _ascending(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Whole numbers in order and once each; anything else is left for the validator."""
+    return tuple(sorted(set(values))) if all(type(value) is int for value in values) else values

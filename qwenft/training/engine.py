@@ -14,6 +14,7 @@ from qwenft.data.stream import Batch, Place
 from qwenft.errors import CheckpointError, DataError, NonFiniteError, SpecError
 from qwenft.kernels.fusion import compile_seconds, fusion
 from qwenft.models.bind import causal_of, decoder_of, hidden_states
+from qwenft.models.lora import output_head
 from qwenft.models.loss import supervised_loss, supervised_positions, token_scores
 from qwenft.models.mtp import one_token_on
 from qwenft.models.routing import recorded_routing
@@ -141,7 +142,7 @@ class Prepared:
                     total = total + self.mtp_weight * found.total
                     mtp = Loss(found.total.detach(), found.tokens)
             else:
-                total = loss(self.hidden(batch), batch, causal_of(self.model).lm_head)
+                total = loss(self.hidden(batch), batch, output_head(self.model))
         if routing.counts:
             counts = torch.stack(routing.counts)
             self.expert_counts = counts if self.expert_counts is None else self.expert_counts + counts
@@ -176,13 +177,14 @@ class Prepared:
         wanted = supervised_positions(batch.labels)
         if not len(wanted) or everywhere:
             # Experts have no answer for no token.
-            return hidden(batch), causal_of(self.model).lm_head, batch.labels, batch.weights
+            return hidden(batch), output_head(self.model), batch.labels, batch.weights
         weights = None if batch.weights is None else batch.weights[wanted]
-        return hidden(batch, wanted), causal_of(self.model).lm_head, batch.labels[wanted], weights
+        return hidden(batch, wanted), output_head(self.model), batch.labels[wanted], weights
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """[T, vocabulary], for every token."""
-        return causal_of(self.model).lm_head(self.hidden(batch.to(self.device)))
+        logits: torch.Tensor = output_head(self.model)(self.hidden(batch.to(self.device)))
+        return logits
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
         """One optimizer step on the mean loss over all supervised tokens of its micro-batches.

@@ -9,9 +9,8 @@ import torch
 from qwenft.models.bind import bind, causal_of
 from qwenft.models.elementwise import fuse_elementwise
 from qwenft.models.load import load_model
-from qwenft.models.lora import add_lora, lora_config, require_reached
+from qwenft.models.lora import add_lora, lora_config, put_adapter, require_reached
 from qwenft.models.precision import compute_in
-from qwenft.plan.coverage import trained_weights
 from qwenft.plan.records import accumulates
 
 if TYPE_CHECKING:
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qwenft.family.architectures import Architecture
+    from qwenft.models.adapter import Adapter
+    from qwenft.plan.coverage import TrainedWeight
     from qwenft.plan.storage import Storage
     from qwenft.specs.adapter import AdapterSpec
     from qwenft.specs.training import TrainingSpec
@@ -29,6 +30,8 @@ def prepare_model(
     loaded: Architecture,
     *,
     adapter: AdapterSpec,
+    trained: tuple[TrainedWeight, ...],
+    begun: Adapter | None,
     training: TrainingSpec,
     backends: Mapping[str, Any],
     storage: Storage,
@@ -41,7 +44,9 @@ def prepare_model(
     Args:
         folder: the checkpoint.
         loaded: the part of its architecture to load.
-        adapter: what is trained.
+        adapter: the options of what is trained.
+        trained: what is trained.
+        begun: an adapter that is trained on.
         training: where and how weights and their gradients are held, and the seed of the adapter's initial values.
         backends: of the attention slots, by name.
         storage: how frozen weights are held.
@@ -56,14 +61,12 @@ def prepare_model(
     fuse_elementwise(model)
     compute_in(model, compute_dtype)
     if adapter.kind == "lora":
-        adapted = add_lora(model, lora_config(loaded, adapter, source), seed=training.seed)
-        require_reached(adapted, loaded, adapter)
+        adapted = add_lora(model, lora_config(loaded, adapter, trained, source), seed=training.seed)
+        require_reached(adapted, trained)
+        if begun is not None:
+            put_adapter(adapted, begun, loaded)
         return adapted
-    names = {
-        name
-        for entry in trained_weights(loaded, adapter)
-        for name in entry.weight.names(text_only=loaded.is_text_only)
-    }
+    names = {name for entry in trained for name in entry.weight.names(text_only=loaded.is_text_only)}
     for name, parameter in causal_of(model).named_parameters():
         parameter.requires_grad_(name in names)
         if name in names and training.master_weights:

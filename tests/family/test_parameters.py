@@ -88,7 +88,11 @@ def adaptable_roles(architecture: Architecture) -> tuple[str, ...]:
 def lora_parameters(architecture: Architecture, ranks: dict[str, int], *, dora: bool = False) -> dict[str, int]:
     """What a plan counts for an adapter on these roles."""
     adapter = AdapterSpec.lora(dora=dora).on(*ranks).with_rank(**ranks)
-    return {row.role: row.parameters for row in coverage(architecture, adapter) if row.role in ranks}
+    return {
+        row.role: row.parameters
+        for row in coverage(architecture, trained_weights(architecture, adapter))
+        if row.role in ranks
+    }
 
 
 def lora_targets(architecture: Architecture, roles: Iterable[str]) -> Targets:

@@ -23,6 +23,7 @@ from qwenft.models.load import load_model
 from qwenft.models.precision import compute_in
 from qwenft.models.quantize import read_dense, stored_shape
 from qwenft.models.weights import Weights, storage_of
+from qwenft.plan.coverage import trained_weights
 from qwenft.plan.records import state_bytes
 from qwenft.plan.storage import storage_rows
 
@@ -100,7 +101,9 @@ def test_the_plan_counts_the_bytes_that_are_held(checkpoint, quantization):
         counted[row.role] = counted.get(row.role, 0) + row.bytes
     assert counted == held
     lora = qf.AdapterSpec.lora()
-    state = state_bytes(architecture, lora, qf.TrainingSpec(), storage_of(spec, architecture))
+    state = state_bytes(
+        architecture, trained_weights(architecture, lora), qf.TrainingSpec(), storage_of(spec, architecture)
+    )
     assert state.weights == sum(held.values())
 
 

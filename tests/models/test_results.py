@@ -22,11 +22,29 @@ CHATS = [
     {"messages": [{"role": "user", "content": f"Say {word}"}, {"role": "assistant", "content": f"{word}!"}]}
     for word in ("one", "two", "three", "four", "five", "six")
 ]
+#: Among them what every conversation holds.
+TOKENS = (3, 260, 7, 8, 261)
 CASES = {
     "lora": ("dense", qf.AdapterSpec.lora(rank=4)),
     "ranks": ("dense", qf.AdapterSpec.lora(rank=4, rslora=True).with_rank(mlp=2)),
     "dora": ("dense", qf.AdapterSpec.lora(rank=4, dora=True)),
     "full": ("dense", qf.AdapterSpec.full()),
+    "gaussian-alphas": (
+        "dense",
+        qf.AdapterSpec.lora(rank=4, initialization="gaussian").with_alpha(mlp=3.5, linear_attention=64),
+    ),
+    "orthogonal-layers": ("dense", qf.AdapterSpec.lora(rank=4, initialization="orthogonal").with_layers(1, 3)),
+    "pissa": ("dense", qf.AdapterSpec.lora(rank=4, initialization="pissa").with_rank(mlp=6).with_alpha(mlp=9)),
+    "pissa-dora": ("dense", qf.AdapterSpec.lora(rank=4, dora=True, initialization="pissa_niter_4")),
+    "olora": ("moe", qf.AdapterSpec.lora(rank=4, rslora=True, initialization="olora").with_layers(0, 3)),
+    "tokens": ("dense", qf.AdapterSpec.lora(rank=4).train_tokens(*TOKENS)),
+    "head-tokens": ("moe", qf.AdapterSpec.lora(rank=4).on("full_attention").train_tokens(*TOKENS)),
+    "in-full": ("dense", qf.AdapterSpec.lora(rank=4).train_fully("embeddings", "norms", "full_attention")),
+    "head-in-full": ("moe", qf.AdapterSpec.lora(rank=4).train_fully("lm_head", "router", "norms")),
+    "embeddings": ("moe", qf.AdapterSpec.lora(rank=4).on("embeddings", "lm_head")),
+    "embeddings-dora": ("moe", qf.AdapterSpec.lora(rank=4, dora=True).on("embeddings", "lm_head")),
+    "norms": ("dense", qf.AdapterSpec.full().only_norms_and_biases()),
+    "layers-full": ("moe", qf.AdapterSpec.full().on("shared_expert", "norms").with_layers(2, 3)),
     "experts": (
         "moe",
         qf.AdapterSpec.lora(rank=4).on("full_attention", "shared_expert", "routed_experts", "router", "lm_head"),
@@ -40,6 +58,11 @@ CASES = {
     "moe-text": ("moe-text", qf.AdapterSpec.lora(rank=4).on("full_attention", "routed_experts")),
     "moe-text-full": ("moe-text", qf.AdapterSpec.full()),
     "vision": ("dense", qf.AdapterSpec.lora(rank=4)),
+    "vision-lora": (
+        "moe",
+        qf.AdapterSpec.lora(rank=4).on("full_attention", "vision", "vision_merger"),
+    ),
+    "vision-in-full": ("dense", qf.AdapterSpec.lora(rank=4).train_fully("vision_merger")),
     "vision-full": ("moe", qf.AdapterSpec.full().freeze("vision", "vision_merger")),
 }
 LORA = [name for name, (_, adapter) in CASES.items() if adapter.kind == "lora"]
@@ -138,8 +161,8 @@ def test_adapter_names_are_those_of_the_published_class(run):
     """Tensors are saved under the names by which the published class is served."""
     with safe_open(run.adapter_path / "adapter_model.safetensors", framework="pt") as tensors:
         names = list(tensors.keys())
-    layers = "layers." if run.plan.draft.checkpoint.is_text_only else "language_model.layers."
-    prefixes = (f"base_model.model.model.{layers}", "base_model.model.lm_head.")
+    halves = ("",) if run.plan.draft.checkpoint.is_text_only else ("language_model.", "visual.")
+    prefixes = (*(f"base_model.model.model.{half}" for half in halves), "base_model.model.lm_head.")
     assert names
     assert all(name.startswith(prefixes) for name in names)
     config = json.loads((run.adapter_path / "adapter_config.json").read_text())
@@ -183,12 +206,13 @@ def test_an_export_that_reads_otherwise_is_refused(run, where, tmp_path, monkeyp
     write = TensorFile.write
     spoilt = []
 
-    def spoil(self, name, tensor):
-        if where in name and tensor.numel() and not spoilt:
+    def spoil(self, name, blocks):
+        blocks = list(blocks)
+        if where in name and not spoilt:
             spoilt.append(name)
-            tensor = tensor.clone()
-            tensor.flatten().view(torch.uint8)[-4] ^= 1
-        write(self, name, tensor)
+            blocks[-1] = blocks[-1].clone()
+            blocks[-1].flatten().view(torch.uint8)[-4] ^= 1
+        write(self, name, blocks)
 
     monkeypatch.setattr(TensorFile, "write", spoil)
     with pytest.raises(qf.CheckpointError, match="reads otherwise than it was written") as refused:

@@ -4,7 +4,7 @@ import pytest
 from qwenft.family.architectures import FAMILY
 from qwenft.family.inventory import inventory
 from qwenft.family.roles import default_adapter_roles, roles_of
-from qwenft.plan.coverage import coverage, matches, trained_roles, trained_weights
+from qwenft.plan.coverage import coverage, matches, trained_weights
 from qwenft.plan.records import StateBytes, state_bytes
 from qwenft.plan.storage import Storage
 from qwenft.specs.adapter import AdapterSpec
@@ -16,7 +16,7 @@ LORA = AdapterSpec.lora(rank=16)
 
 
 def row_of(architecture, adapter, role):
-    (row,) = [row for row in coverage(architecture, adapter) if row.role == role]
+    (row,) = [row for row in coverage(architecture, trained_weights(architecture, adapter)) if row.role == role]
     return row
 
 
@@ -25,7 +25,7 @@ def test_every_role_has_a_row(name):
     """The table has each role of the model once, holds every parameter, and trains what it says."""
     architecture = FAMILY[name]
     for adapter in (LORA, AdapterSpec.full()):
-        rows = coverage(architecture, adapter)
+        rows = coverage(architecture, trained_weights(architecture, adapter))
         assert tuple(row.role for row in rows) == roles_of(architecture)
         assert sum(row.held for row in rows) == sum(weight.count for weight in inventory(architecture))
         trained = sum(entry.parameters for entry in trained_weights(architecture, adapter))
@@ -34,9 +34,9 @@ def test_every_role_has_a_row(name):
 
 def test_a_lora_without_roles_reaches_attention_and_mlp():
     """The default is both attentions and the MLP that every token visits; the rest is frozen."""
-    assert trained_roles(DENSE, LORA) == ("full_attention", "linear_attention", "mlp")
-    assert trained_roles(EXPERTS, LORA) == ("full_attention", "linear_attention", "shared_expert")
-    reached = {row.role for row in coverage(EXPERTS, LORA) if row.parameters}
+    reached = {row.role for row in coverage(DENSE, trained_weights(DENSE, LORA)) if row.parameters}
+    assert reached == {"full_attention", "linear_attention", "mlp"}
+    reached = {row.role for row in coverage(EXPERTS, trained_weights(EXPERTS, LORA)) if row.parameters}
     assert reached == set(default_adapter_roles(EXPERTS))
 
 
@@ -82,9 +82,9 @@ def test_targets_are_added_to_the_roles():
 
 def test_full_fine_tuning_trains_the_weights_themselves():
     """Each parameter of the trained roles counts once, and frozen roles count none."""
-    for row in coverage(DENSE, AdapterSpec.full().freeze("embeddings", "norms")):
+    for row in coverage(DENSE, trained_weights(DENSE, AdapterSpec.full().freeze("embeddings", "norms"))):
         assert row.parameters == (0 if row.role in ("embeddings", "norms") else row.held)
-    only = coverage(DENSE, AdapterSpec.full().on("mlp", "norms").freeze("norms"))
+    only = coverage(DENSE, trained_weights(DENSE, AdapterSpec.full().on("mlp", "norms").freeze("norms")))
     assert {row.role for row in only if row.parameters} == {"mlp"}
 
 
@@ -107,9 +107,12 @@ def test_the_state_of_a_lora_counts_by_hand():
         gradients=4 * trained,
         optimizer=8 * trained,
     )
-    assert state_bytes(DENSE, LORA, TrainingSpec(), Storage("bfloat16")) == expected
-    assert state_bytes(DENSE, LORA, TrainingSpec(), Storage("bfloat16")).total == expected.weights + 16 * trained
-    assert state_bytes(DENSE, LORA, TrainingSpec(), Storage("float32")).weights == 4 * held
+    assert state_bytes(DENSE, trained_weights(DENSE, LORA), TrainingSpec(), Storage("bfloat16")) == expected
+    assert (
+        state_bytes(DENSE, trained_weights(DENSE, LORA), TrainingSpec(), Storage("bfloat16")).total
+        == expected.weights + 16 * trained
+    )
+    assert state_bytes(DENSE, trained_weights(DENSE, LORA), TrainingSpec(), Storage("float32")).weights == 4 * held
 
 
 @pytest.mark.parametrize(
@@ -127,7 +130,9 @@ def test_the_state_of_full_fine_tuning_replaces_the_weights(options, expected):
     """A trained weight is not held a second time: bytes a parameter of weights, gradients and optimizer by hand."""
     held = sum(weight.count for weight in inventory(DENSE))
     gdn = 48 * (2 * DENSE.gdn_value_heads + DENSE.gdn_value_dim)  # A_log, dt_bias and norm are float32 everywhere
-    state = state_bytes(DENSE, AdapterSpec.full(), TrainingSpec(**options), Storage("bfloat16"))
+    state = state_bytes(
+        DENSE, trained_weights(DENSE, AdapterSpec.full()), TrainingSpec(**options), Storage("bfloat16")
+    )
     trained, gradients, optimizer = expected
     assert attrs.astuple(state) == (
         0,
@@ -141,9 +146,9 @@ def test_the_state_of_full_fine_tuning_replaces_the_weights(options, expected):
 def test_the_largest_gradient_is_all_that_a_step_in_backward_holds():
     """Of full fine-tuning that is the embeddings' or the head's, of LoRA one matrix's."""
     training = TrainingSpec(optimizer_in_backward=True, max_grad_norm=None)
-    full = state_bytes(DENSE, AdapterSpec.full(), training, Storage("bfloat16"))
+    full = state_bytes(DENSE, trained_weights(DENSE, AdapterSpec.full()), training, Storage("bfloat16"))
     assert full.gradients == 2 * DENSE.vocabulary * DENSE.hidden_size
-    lora = state_bytes(DENSE, LORA.on("full_attention"), training, Storage("bfloat16"))
+    lora = state_bytes(DENSE, trained_weights(DENSE, LORA.on("full_attention")), training, Storage("bfloat16"))
     assert (
         lora.gradients == 4 * 16 * 2 * DENSE.query_heads * DENSE.head_dim
     )  # B of q_proj, which holds the gate too
@@ -151,7 +156,9 @@ def test_the_largest_gradient_is_all_that_a_step_in_backward_holds():
 
 def test_embeddings_on_the_host_are_counted_apart():
     """Their bytes move out of the sum, and no others."""
-    plain = state_bytes(DENSE, LORA, TrainingSpec(), Storage("bfloat16"))
-    moved = state_bytes(DENSE, LORA, TrainingSpec(embeddings_on_host=True), Storage("bfloat16"))
+    plain = state_bytes(DENSE, trained_weights(DENSE, LORA), TrainingSpec(), Storage("bfloat16"))
+    moved = state_bytes(
+        DENSE, trained_weights(DENSE, LORA), TrainingSpec(embeddings_on_host=True), Storage("bfloat16")
+    )
     assert moved.on_host == 2 * DENSE.vocabulary * DENSE.hidden_size
     assert moved.total + moved.on_host == plain.total

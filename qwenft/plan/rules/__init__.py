@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qwenft.plan.rules import attention, memory, model, run, training
+from qwenft.plan.rules import adapter, attention, memory, model, run, training
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,12 +21,16 @@ RULES: tuple[Callable[[Draft], Iterator[Finding]], ...] = (
     attention.vision_attention,
     model.precision,
     model.quantization,
-    model.roles_exist,
-    model.adapter_fields,
-    model.targets_match,
-    model.multi_token_prediction,
-    model.lora_limits,
-    model.not_trained,
+    adapter.loaded_adapter,
+    adapter.roles_exist,
+    adapter.adapter_fields,
+    adapter.layers_exist,
+    adapter.targets_match,
+    adapter.multi_token_prediction,
+    adapter.lora_limits,
+    adapter.initialization,
+    adapter.trained_beside,
+    adapter.not_trained,
     attention.packing_is_exact,
     attention.backend_can,
     attention.backend_chosen,

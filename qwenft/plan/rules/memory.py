@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qwenft.plan.coverage import trained_weights
 from qwenft.plan.findings import blocked, error, note
 from qwenft.plan.records import accumulates
 
@@ -65,5 +64,5 @@ def embeddings_on_host(draft: Draft) -> Iterator[Finding]:
             f"the output head of {draft.checkpoint.name} is the same weight, and multiplies on the device",
             "embeddings_on_host=False",
         )
-    if any(entry.weight.role == "embeddings" for entry in trained_weights(draft.architecture, draft.adapter)):
+    if any(entry.weight.role == "embeddings" for entry in draft.trained):
         yield error(place, "the embeddings are trained, on the device", '.freeze("embeddings")')

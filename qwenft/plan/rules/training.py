@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from qwenft.plan.coverage import trained_weights
 from qwenft.plan.findings import blocked, error, note
 from qwenft.specs.data import DataSpec
 
@@ -61,7 +60,7 @@ def schedule_fields(draft: Draft) -> Iterator[Finding]:
 
 def learning_rates(draft: Draft) -> Iterator[Finding]:
     """A learning rate is for something that is trained."""
-    trained = {entry.weight.role for entry in trained_weights(draft.architecture, draft.adapter)}
+    trained = {entry.weight.role for entry in draft.trained}
     for role, _ in draft.training.learning_rates:
         if role not in trained:
             yield error(
@@ -101,7 +100,7 @@ def cut_cross_entropy(draft: Draft) -> Iterator[Finding]:
         return
     place, instead = "training.loss", 'loss="chunked"'
     heads = {"lm_head", "embeddings"} if draft.architecture.tied else {"lm_head"}
-    trained = {entry.weight.role for entry in trained_weights(draft.architecture, draft.adapter)}
+    trained = {entry.weight.role for entry in draft.trained}
     if heads & trained:
         yield error(place, '"cce" adds the gradient of a trained output head up in 16 bits', instead)
     if draft.compute_dtype == "float32":
