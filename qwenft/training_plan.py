@@ -48,6 +48,8 @@ def compile_recipe(recipe: Recipe, machine: Machine | None, *, strict: bool) -> 
     machine = machine or here
     checkpoint = architecture_of(recipe.model)
     loaded = checkpoint if recipe.model.vision and not checkpoint.is_text_only else checkpoint.text_only()
+    if recipe.adapter.mtp_weight:
+        loaded = loaded.with_mtp()
     native = recipe.model.dtype != "bfloat16" or machine.native_bfloat16
     compute_dtype = recipe.model.dtype if native else "float32"
     slots, problems = _slots(recipe, loaded, machine, compute_dtype)
@@ -266,6 +268,7 @@ class TrainingPlan:
             self.recipe.training,
             device=self.machine.device,
             role_of=lambda name: role_of(self.draft.architecture, base_name(name)),
+            mtp_weight=self.recipe.adapter.mtp_weight,
             identity=self.identity,
         )
 

@@ -81,6 +81,9 @@ class Architecture:
         context: the longest sequence, in tokens.
         rope: the rotary position embedding.
         vision_tokens: the ids of the vision tokens.
+        has_mtp: the checkpoint has one more layer, which predicts the token after next (``mtp.*``) with the
+            embedding and the head of the model.
+        loads_mtp: that layer is loaded; transformers leaves it out. See :meth:`with_mtp`.
         layer_types: "linear_attention" or "full_attention" for each layer; every fourth full unless given.
 
     Raises:
@@ -108,6 +111,8 @@ class Architecture:
     context: int = 262_144
     rope: RopeShape = attrs.field(factory=RopeShape)
     vision_tokens: VisionTokens = attrs.field(factory=VisionTokens)
+    has_mtp: bool = False
+    loads_mtp: bool = False
     layer_types: tuple[str, ...] = attrs.field(converter=tuple)
 
     @layer_types.default
@@ -153,6 +158,10 @@ class Architecture:
     def text_only(self) -> Architecture:
         """The same model without its vision tower, as ``...ForCausalLM`` loads it."""
         return attrs.evolve(self, vision=None, vision_tokens=VisionTokens())
+
+    def with_mtp(self) -> Architecture:
+        """The same model with its multi-token-prediction layer, where it has one."""
+        return attrs.evolve(self, loads_mtp=self.has_mtp)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str, *, hub_id: str | None = None) -> Architecture:
@@ -245,6 +254,7 @@ class Architecture:
             "max_position_embeddings": self.context,
             "tie_word_embeddings": self.tied,
             "rope_parameters": self.rope.to_config(),
+            "mtp_num_hidden_layers": int(self.has_mtp),
         }
         # A cut vocabulary, as tiny models have, does not hold the token.
         if self.vocabulary > END_OF_TEXT:
@@ -315,6 +325,9 @@ def _text_fields(text: ConfigFields, *, moe: bool) -> dict[str, Any]:
         "layer_types": text.strings("layer_types") or every_fourth_full(layers, interval),
         "rope": RopeShape.from_fields(text),
         "experts": ExpertShape.from_fields(text) if moe else None,
+        # Another number, or embeddings of its own: none of the family has these, and they are copied as they are.
+        "has_mtp": text.count("mtp_num_hidden_layers", 0) == 1
+        and not text.boolean("mtp_use_dedicated_embeddings", default=False),
     }
 
 
@@ -343,6 +356,7 @@ def _packaged(
         tied=tied,
         experts=experts,
         vision=VisionShape(*tower, out_hidden_size=hidden_size),
+        has_mtp=True,
     )
 
 

@@ -31,6 +31,10 @@ class ConfigFields:
         """The positive integer at ``key``, or ``default`` where the file leaves it out."""
         return int(self._checked(key, default, _is_positive_integer, "a positive integer"))
 
+    def count(self, key: str, default: int) -> int:
+        """The integer of at least 0 at ``key``, or ``default`` where the file leaves it out."""
+        return int(self._checked(key, default, _is_count, "an integer of at least 0"))
+
     def number(self, key: str, default: float) -> float:
         """The positive number at ``key``, or ``default`` where the file leaves it out."""
         return float(self._checked(key, default, _is_positive_number, "a positive number"))
@@ -90,6 +94,10 @@ class ConfigFields:
 # bool is a subclass of int, and a JSON true where a size belongs is a mistake.
 def _is_positive_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _is_positive_number(value: Any) -> bool:

@@ -1,16 +1,19 @@
 """Every weight of a model by role, name and shape: the one source of all that counts or names parameters.
 
 Names and shapes are those of transformers 5.23 (models/qwen3_5 and models/qwen3_5_moe) in memory, with experts
-fused to 3-D stacks. Multi-token-prediction layers (``mtp.*``) are not loaded, and so are not here.
+fused to 3-D stacks. The multi-token-prediction layer, which transformers leaves out, has the names of the
+checkpoint's files (``mtp.*``), and is here where the architecture loads it.
 """
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
+
+from qwenft.family.architectures import FULL_ATTENTION
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -200,6 +203,8 @@ def inventory(architecture: Architecture) -> tuple[Weight, ...]:
     ]
     if not architecture.tied:
         weights.append(_outside("lm_head", "lm_head", _matrix_of_embedding(architecture), "linear"))
+    if architecture.loads_mtp:
+        weights.extend(_multi_token_prediction(architecture))
     if architecture.vision is not None:
         weights.extend(_vision(architecture.vision))
     return tuple(weights)
@@ -301,6 +306,20 @@ def _norms(architecture: Architecture) -> Iterator[Weight]:
     for module in ("input_layernorm", "post_attention_layernorm"):
         yield Weight("norms", module, "weight", shape, "parameter", layers, "text")
     yield _outside("norms", "model.language_model.norm", shape, "parameter")
+
+
+def _multi_token_prediction(architecture: Architecture) -> Iterator[Weight]:
+    """What joins a token's embedding to the hidden state before it, a layer of full attention, and a last norm."""
+    hidden = architecture.hidden_size
+    for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+        yield _outside("mtp", f"mtp.{name}", (hidden,), "parameter")
+    yield _outside("mtp", "mtp.fc", (hidden, 2 * hidden), "linear")
+    layer_types: Any = (FULL_ATTENTION,)
+    one = attrs.evolve(architecture, layers=1, layer_types=layer_types)
+    for weight in (*_full_attention(one), *_feed_forward(one), *_norms(one)):
+        if weight.layers:
+            yield attrs.evolve(weight, role="mtp", module=f"mtp.layers.0.{weight.module}", layers=())
+    yield _outside("mtp", "mtp.norm", (hidden,), "parameter")
 
 
 def _vision(vision: VisionShape) -> Iterator[Weight]:

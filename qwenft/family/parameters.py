@@ -30,7 +30,7 @@ def parameter_counts(architecture: Architecture, *, text_only: bool = False) -> 
 
 
 def total_parameters(architecture: Architecture, *, text_only: bool = False) -> int:
-    """The parameters of the whole model, without ``mtp.*``."""
+    """The parameters of the whole model, with ``mtp.*`` where that is loaded."""
     return sum(parameter_counts(architecture, text_only=text_only).values())
 
 

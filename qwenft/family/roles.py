@@ -18,6 +18,7 @@ ROLES: tuple[str, ...] = (
     "router",
     "embeddings",
     "lm_head",
+    "mtp",
     "vision",
     "vision_merger",
     "norms",
@@ -31,13 +32,16 @@ _VISION_ONLY = frozenset({"vision", "vision_merger"})
 def roles_of(architecture: Architecture) -> tuple[str, ...]:
     """The roles that exist in this model, in the order of `ROLES`.
 
-    A tied model has no ``lm_head`` of its own, a dense one no experts, a text-only checkpoint no vision.
+    A tied model has no ``lm_head`` of its own, a dense one no experts, a text-only checkpoint no vision; ``mtp``
+    is there where that layer is loaded.
     """
     absent = set(_DENSE_ONLY if architecture.is_moe else _EXPERTS_ONLY)
     if architecture.is_text_only:
         absent |= _VISION_ONLY
     if architecture.tied:
         absent.add("lm_head")
+    if not architecture.loads_mtp:
+        absent.add("mtp")
     if not architecture.full_attention_layers:
         absent.add("full_attention")
     if not architecture.linear_attention_layers:

@@ -19,6 +19,7 @@ from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
 
 from qwenft.kernels.layout import SequenceLayout
 from qwenft.kernels.made_again import made_again
+from qwenft.models.mtp import MultiTokenPrediction
 
 if TYPE_CHECKING:
     from qwenft.capabilities import AttentionBackend, LinearAttentionBackend
@@ -320,7 +321,7 @@ def bind(
             if backend is not None and type(module) in (*bound_classes, *bound_classes.values()):
                 module.__class__ = bound_classes.get(type(module), type(module))
                 module.qwenft_backend = backend
-        if isinstance(module, dense.Qwen3_5TextModel | moe.Qwen3_5MoeTextModel):
+        if isinstance(module, dense.Qwen3_5TextModel | moe.Qwen3_5MoeTextModel | MultiTokenPrediction):
             last = module.layers[-1]
             last.__class__ = _LAST.get(type(last), type(last))
     return model

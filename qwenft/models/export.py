@@ -66,7 +66,8 @@ def write_merged(
     """Write a whole checkpoint into an empty folder: what was learned merged in, all other tensors copied.
 
     Tensors keep the dtype that the source stores them in, and sums are made in float32; towers that were not
-    loaded and ``mtp.*`` are copied. What the source holds quantized is written in the dtype of its embeddings.
+    loaded are copied, and ``mtp.*`` unless it was trained. What the source holds quantized is written in the dtype
+    of its embeddings.
     One tensor, or a block of its rows, is in memory at a time. What was written is read again and compared, to the
     bit.
 

@@ -15,6 +15,8 @@ from accelerate import init_empty_weights
 
 from qwenft.errors import CheckpointError
 from qwenft.family.inventory import inventory
+from qwenft.models.bind import decoder_of
+from qwenft.models.mtp import MultiTokenPrediction
 from qwenft.models.quantize import put_quantized, read_quantized
 from qwenft.models.weights import Weights, checked, require_whole
 
@@ -57,7 +59,8 @@ def load_model(
         embeddings_on_host: leave the input embeddings on the CPU; they must not be tied.
 
     Returns:
-        transformers' ``...ForCausalLM`` or ``...ForConditionalGeneration``, in evaluation mode.
+        transformers' ``...ForCausalLM`` or ``...ForConditionalGeneration``, in evaluation mode; its ``.mtp`` is
+        the multi-token-prediction layer, where that is loaded.
 
     Raises:
         CheckpointError: a file is damaged, or lacks weights that the model has.
@@ -92,6 +95,8 @@ def skeleton(folder: Path, loaded: Architecture) -> Any:
     config.tie_word_embeddings = loaded.tied
     with init_empty_weights(include_buffers=False):
         model = getattr(transformers, loaded.class_name)(config)
+        if loaded.loads_mtp:
+            model.mtp = MultiTokenPrediction(decoder_of(model))
     if (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model

@@ -78,6 +78,7 @@ class AdapterSpec:
         path: the folder of an adapter that is trained on, which decides all the rest.
         target_modules: suffixes of further modules to adapt.
         target_parameters: suffixes of further bare parameters to adapt.
+        mtp_weight: of the multi-token-prediction layer's loss; at 0 that layer is not loaded, and exports keep it.
 
     Examples:
         >>> AdapterSpec.lora(rank=8).on("full_attention", "mlp").with_rank(mlp=4).ranks
@@ -158,6 +159,7 @@ class AdapterSpec:
         kw_only=True,
         validator=Check(_are_names, "parameter suffixes", '.with_target_parameters("mlp.gate.weight")'),
     )
+    mtp_weight: float = attrs.field(default=0.0, kw_only=True, validator=number(".train_mtp(weight=0.3)"))
 
     @classmethod
     def lora(
@@ -198,6 +200,14 @@ class AdapterSpec:
     def freeze(self, *roles: str) -> AdapterSpec:
         """Leave these roles as they are in full fine-tuning."""
         return attrs.evolve(self, frozen=known_roles(roles, "AdapterSpec.freeze"))
+
+    def train_mtp(self, weight: float = 0.3) -> AdapterSpec:
+        """Train the multi-token-prediction layer too, in full fine-tuning.
+
+        Its loss, of the token after next, is added with this weight (0.3 in DeepSeek-V3, arXiv:2412.19437) to that
+        of the model, all of which it reaches. Its role is "mtp": with ``.on("mtp")`` nothing else is trained.
+        """
+        return attrs.evolve(self, mtp_weight=weight)
 
     def with_rank(self, **ranks: int) -> AdapterSpec:
         """Give roles ranks of their own: ``.with_rank(routed_experts=4)``."""

@@ -13,9 +13,10 @@ import torch
 from qwenft.data.stream import Batch, Place
 from qwenft.errors import CheckpointError, DataError, NonFiniteError, SpecError
 from qwenft.kernels.fusion import compile_seconds, fusion
-from qwenft.models.bind import causal_of, hidden_states
+from qwenft.models.bind import causal_of, decoder_of, hidden_states
 from qwenft.models.lora import output_head
 from qwenft.models.loss import supervised_loss, supervised_positions, token_scores
+from qwenft.models.mtp import one_token_on
 from qwenft.models.routing import recorded_routing
 from qwenft.training.allocator import keep_freed_memory
 from qwenft.training.checkpoint import read_manifest, read_tensors, require_same, write_checkpoint
@@ -44,6 +45,7 @@ class Prepared:
         device: where the model is.
         role_of: the role of a parameter's name.
         identity: JSON values of what the result depends on; a checkpoint of another is refused.
+        mtp_weight: of the loss of the multi-token-prediction layer, which is loaded where it is not 0.
 
     Attributes:
         optimizer: over the trained parameters.
@@ -64,6 +66,7 @@ class Prepared:
         device: str,
         role_of: Callable[[str], str],
         identity: Mapping[str, Any],
+        mtp_weight: float = 0.0,
     ) -> None:
         if device == "cpu":
             keep_freed_memory()
@@ -73,6 +76,7 @@ class Prepared:
         self.training = training
         self.device = device
         self.identity = identity
+        self.mtp_weight = mtp_weight
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = build_optimizer(self.trained.items(), training, role_of)
         self.schedule = build_schedule(self.optimizer, training, corpus.report.steps)
@@ -119,18 +123,24 @@ class Prepared:
     def loss(self, batch: Batch) -> Loss:
         """The recipe's loss of a micro-batch, with its graph.
 
-        The last layer and the head are computed for supervised tokens alone, unless the loss is a function.
+        The last layer and the head are computed for supervised tokens alone, unless the loss is a function or more
+        is asked of the last layer. The loss of the multi-token-prediction layer is of the same kind, smoothing and
+        z-loss included, without noise on its embeddings; weighted, its sum is added to that of the model, and the
+        two are divided by the model's tokens.
         """
         batch = batch.to(self.device)
         loss, auxiliary = self.training.chosen_loss, self.training.router_aux_loss
+        mtp = None
         with recorded_routing(self.model) as routing:
             if isinstance(loss, str):
-                total = supervised_loss(
-                    *self._supervised(batch, everywhere=auxiliary > 0),
-                    method=loss,
-                    label_smoothing=self.training.label_smoothing,
-                    z_loss=self.training.z_loss,
-                )
+                # The multi-token-prediction layer attends to all tokens.
+                everywhere = auxiliary > 0 or self.mtp_weight > 0
+                predicting = self._supervised(batch, self.hidden, everywhere=everywhere)
+                total = self._cross_entropy(*predicting, method=loss)
+                if self.mtp_weight:
+                    found = self._mtp_loss(batch, predicting[0], method=loss)
+                    total = total + self.mtp_weight * found.total
+                    mtp = Loss(found.total.detach(), found.tokens)
             else:
                 total = loss(self.hidden(batch), batch, output_head(self.model))
         if routing.counts:
@@ -139,21 +149,37 @@ class Prepared:
         if auxiliary:
             per_token = causal_of(self.model).config.get_text_config().num_experts_per_tok
             total = total + auxiliary * batch.tokens * routing.load_balancing_loss(per_token)
-        return Loss(total, batch.tokens)
+        return Loss(total, batch.tokens, mtp)
+
+    def _mtp_loss(self, batch: Batch, hidden_TC: torch.Tensor, *, method: str) -> Loss:
+        """That of the token after next, with its graph: a sum over the tokens that have a trained one."""
+        shifted = one_token_on(batch)
+
+        def hidden(batch: Batch, wanted: torch.Tensor | None = None) -> torch.Tensor:
+            decoder, layer = decoder_of(self.model), causal_of(self.model).mtp
+            with fusion(asked=self.training.compile_elementwise):
+                return layer(decoder, hidden_TC, batch.input_ids, batch.layout, wanted=wanted)
+
+        return Loss(self._cross_entropy(*self._supervised(shifted, hidden), method=method), shifted.tokens)
+
+    def _cross_entropy(self, *predicting: Any, method: str) -> torch.Tensor:
+        """The recipe's, of what :meth:`_supervised` gives."""
+        smoothing, z_loss = self.training.label_smoothing, self.training.z_loss
+        return supervised_loss(*predicting, method=method, label_smoothing=smoothing, z_loss=z_loss)
 
     def _supervised(
-        self, batch: Batch, *, everywhere: bool = False
+        self, batch: Batch, hidden: Callable[..., torch.Tensor], *, everywhere: bool = False
     ) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor | None]:
         """Hidden states [S, H] of the supervised positions, the head, their labels and their weights.
 
-        With ``everywhere`` the last layer is computed for all tokens, whose routes it is asked for.
+        ``hidden`` gives them for all tokens or for wanted ones, and with ``everywhere`` it is asked for all.
         """
         wanted = supervised_positions(batch.labels)
         if not len(wanted) or everywhere:
             # Experts have no answer for no token.
-            return self.hidden(batch), output_head(self.model), batch.labels, batch.weights
+            return hidden(batch), output_head(self.model), batch.labels, batch.weights
         weights = None if batch.weights is None else batch.weights[wanted]
-        return self.hidden(batch, wanted), output_head(self.model), batch.labels[wanted], weights
+        return hidden(batch, wanted), output_head(self.model), batch.labels[wanted], weights
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """[T, vocabulary], for every token."""
@@ -176,7 +202,7 @@ class Prepared:
         update = self._update_in_backward if self.training.optimizer_in_backward else self._update
         self.expert_counts = None
         with self._algorithms():
-            loss, grad_norm = update(batches, tokens)
+            loss, mtp_loss, grad_norm = update(batches, tokens)
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         self.steps_done += 1
@@ -189,6 +215,7 @@ class Prepared:
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             compile_seconds=compile_seconds() - compiled_before,
+            mtp_loss=mtp_loss,
             **self._expert_loads(),
         )
 
@@ -208,22 +235,24 @@ class Prepared:
         ):
             yield
 
-    def _update(self, batches: Sequence[Batch], tokens: float) -> tuple[float, float]:
-        """Change the parameters; the mean loss, and the norm of its gradient."""
-        parts = []
+    def _update(self, batches: Sequence[Batch], tokens: float) -> tuple[float, float | None, float]:
+        """Change the parameters; the mean losses as of :meth:`_apart`, and the norm of the gradient."""
+        parts, mtp = [], []
         for batch in batches:
-            part = self.loss(batch).total / tokens
+            loss = self.loss(batch)
+            part = loss.total / tokens
             part.backward()
             parts.append(part.detach())
+            mtp.append(loss.mtp)
         grad_norm = self._clip()
         losses = torch.stack(parts).tolist()
         if not all(math.isfinite(value) for value in (*losses, grad_norm)):
             self.optimizer.zero_grad(set_to_none=True)
             raise self._not_finite(batches, losses, grad_norm)
         self.optimizer.step()
-        return sum(losses), grad_norm
+        return *self._apart(sum(losses), mtp, tokens), grad_norm
 
-    def _update_in_backward(self, batches: Sequence[Batch], tokens: float) -> tuple[float, float]:
+    def _update_in_backward(self, batches: Sequence[Batch], tokens: float) -> tuple[float, float | None, float]:
         """The same, parameter by parameter while backward goes on."""
         if len(batches) != 1:
             raise SpecError(
@@ -231,7 +260,8 @@ class Prepared:
                 fix="prepared.step([batch]), or optimizer_in_backward=False",
                 got=len(batches),
             )
-        total = self.loss(batches[0]).total / tokens
+        found = self.loss(batches[0])
+        total = found.total / tokens
         loss = float(total.detach())
         if not math.isfinite(loss):
             raise self._not_finite(batches, [loss], math.nan)
@@ -240,7 +270,15 @@ class Prepared:
         grad_norm = float(torch.linalg.vector_norm(torch.stack(norms)))
         if not math.isfinite(grad_norm):
             raise self._not_finite(batches, [loss], grad_norm, changed=True)
-        return loss, grad_norm
+        return *self._apart(loss, [found.mtp], tokens), grad_norm
+
+    def _apart(self, loss: float, mtp: Sequence[Loss | None], tokens: float) -> tuple[float, float | None]:
+        """Of the mean of a step's total loss: the model's, and the mean over its own tokens of the mtp layer's."""
+        parts = [part for part in mtp if part is not None and part.tokens]
+        if not parts:
+            return loss, None
+        total = float(torch.stack([part.total for part in parts]).sum())
+        return loss - self.mtp_weight * total / tokens, total / sum(part.tokens for part in parts)
 
     @torch.no_grad()
     def evaluate(self, stream: Stream) -> Evaluation:
@@ -251,7 +289,7 @@ class Prepared:
         with self._algorithms():
             for _, row in stream.rows_from(Place()):
                 batch = Batch.from_documents(row).to(self.device)
-                scores = token_scores(*self._supervised(batch))
+                scores = token_scores(*self._supervised(batch, self.hidden))
                 loss, correct, tokens = loss + scores[0], correct + scores[1], tokens + batch.tokens
         self.model.train(was_training)
         return Evaluation(loss=loss / tokens, accuracy=correct / tokens, tokens=tokens)

@@ -52,7 +52,7 @@ def train(
         folder: of the run, which gets a line of metrics a step, and checkpoints.
         history: the records so far, which is continued: `step, epoch, loss, learning_rate, grad_norm, tokens,
             stream_tokens, ranks, seconds, compile_seconds, tokens_per_second, peak_bytes, state_bytes`,
-            `expert_load, idle_experts` of a mixture of experts, and
+            `expert_load, idle_experts` of a mixture of experts, `mtp_loss` where that layer is trained, and
             `held_out_loss, held_out_perplexity, held_out_accuracy, evaluation_seconds` where it was evaluated.
         listeners: who is told.
         state_bytes: of weights, gradients and optimizer, repeated in every record.
@@ -77,7 +77,7 @@ def train(
             result = prepared.step(batches)
             seconds = time.perf_counter() - started
             values = {
-                **{name: value for name, value in attrs.asdict(result).items() if value != ()},
+                **{name: value for name, value in attrs.asdict(result).items() if value not in ((), None)},
                 "epoch": epoch,
                 "ranks": 1,
                 "seconds": seconds,

@@ -18,10 +18,13 @@ class Loss:
     Args:
         total: the weighted sum over its supervised tokens, a scalar with its graph.
         tokens: the sum of their weights.
+        mtp: of the multi-token-prediction layer alone, before its weight and without its graph; ``total`` has it
+            in it. None where that layer is not trained.
     """
 
     total: torch.Tensor
     tokens: float
+    mtp: Loss | None = None
 
 
 @attrs.frozen
@@ -30,7 +33,7 @@ class StepResult:
 
     Args:
         step: its number, from 1.
-        loss: the mean over its supervised tokens.
+        loss: the mean over its supervised tokens, without that of the multi-token-prediction layer.
         tokens: supervised ones (the sum of their weights).
         stream_tokens: all of its tokens.
         grad_norm: of all gradients together, before clipping.
@@ -39,6 +42,8 @@ class StepResult:
         expert_load: of a mixture of experts, how often the busiest expert of each layer was chosen, as a multiple
             of an even share.
         idle_experts: how many of each layer were not chosen.
+        mtp_loss: of the multi-token-prediction layer, the mean over the tokens that it is trained on; None where
+            there are none.
     """
 
     step: int
@@ -50,6 +55,7 @@ class StepResult:
     compile_seconds: float
     expert_load: tuple[float, ...] = ()
     idle_experts: tuple[int, ...] = ()
+    mtp_loss: float | None = None
 
 
 @attrs.frozen

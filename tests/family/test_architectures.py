@@ -174,6 +174,37 @@ def test_an_older_file_gives_an_interval_and_a_rope_theta_at_the_top() -> None:
     assert row.rope.partial_factor == built.rope_parameters["partial_rotary_factor"] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, False),
+        ({"mtp_num_hidden_layers": 0}, False),
+        ({"mtp_num_hidden_layers": 1}, True),
+        ({"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}, True),
+        ({"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": True}, False),
+        ({"mtp_num_hidden_layers": 2}, False),
+    ],
+)
+def test_the_familys_layer_of_multi_token_prediction(fields: dict[str, object], expected: bool) -> None:
+    """It is one, with the model's embeddings; it is loaded where that is asked for, and only where it is there."""
+    config = {"model_type": "qwen3_5_text", **fields}
+    row = Architecture.from_config(config, "a checkpoint")
+    assert row.has_mtp is expected
+    assert row.loads_mtp is False
+    assert row.with_mtp().loads_mtp is expected
+    assert all(size.has_mtp and not size.loads_mtp for size in FAMILY.values())
+
+
+@pytest.mark.parametrize("value", [-1, True, "1", 1.0])
+def test_an_ill_typed_number_of_layers_of_multi_token_prediction(value: object) -> None:
+    """The message names the field and what it takes."""
+    config = {"model_type": "qwen3_5_text", "mtp_num_hidden_layers": value}
+    with pytest.raises(
+        CheckpointError, match=r"mtp_num_hidden_layers in config\.json is .*an integer of at least 0"
+    ):
+        Architecture.from_config(config, "a checkpoint")
+
+
 def test_another_model_type_is_refused_by_name() -> None:
     """A checkpoint of another family is named, and so are the types that can be trained."""
     expected = (

@@ -6,7 +6,7 @@ import attrs
 import pytest
 
 from qwenft.family.architectures import FAMILY, FULL_ATTENTION, LINEAR_ATTENTION, Architecture
-from qwenft.family.inventory import inventory, named_shapes
+from qwenft.family.inventory import inventory, named_shapes, role_of
 from qwenft.family.roles import ROLES, default_adapter_roles, roles_of
 
 if TYPE_CHECKING:
@@ -83,6 +83,33 @@ def test_the_count_is_over_all_layers(name: str) -> None:
 
 
 # One hand-written row for each module of a layer, from the modelling files.
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_layer_of_multi_token_prediction_is_there_where_it_is_loaded(name: str) -> None:
+    """All else stays as it is without it; it is a layer of full attention, a matrix of 2 H x H and three norms."""
+    without = FAMILY[name]
+    row = without.with_mtp()
+    layer = [weight for weight in inventory(row) if weight.role == "mtp"]
+    assert {weight for weight in inventory(row) if weight.role != "mtp"} == set(inventory(without))
+    prefix, hidden = f"model.layers.{without.full_attention_layers[-1]}.", row.hidden_size
+    shapes = named_shapes(without, text_only=True).items()
+    inside = {name.removeprefix(prefix): shape for name, shape in shapes if name.startswith(prefix)}
+    wanted = {f"mtp.layers.0.{name}": shape for name, shape in inside.items()} | {
+        "mtp.fc.weight": (hidden, 2 * hidden),
+        **dict.fromkeys(
+            ("mtp.norm.weight", "mtp.pre_fc_norm_embedding.weight", "mtp.pre_fc_norm_hidden.weight"), (hidden,)
+        ),
+    }
+    for text_only in (False, True):
+        assert {n: w.shape for w in layer for n in w.names(text_only=text_only)} == wanted
+        assert {n: role_of(row.text_only() if text_only else row, n) for n in wanted} == dict.fromkeys(
+            wanted, "mtp"
+        )
+    kinds = {weight.module: weight.kind for weight in layer}
+    assert kinds["mtp.fc"] == kinds["mtp.layers.0.self_attn.q_proj"] == "linear"
+    assert kinds["mtp.norm"] == "parameter"
+    assert not any(weight.is_float32 for weight in layer)
+
+
 EXPECTED_ROLES = {
     "self_attn.q_proj": "full_attention",
     "self_attn.k_proj": "full_attention",

@@ -66,6 +66,8 @@ def test_no_method_has_the_name_of_a_field_of_any_spec(cls):
         (MODEL, lambda s: s.with_dtype("float32"), "dtype", "float32"),
         (AdapterSpec.lora(), lambda s: s.on("mlp", "router", "mlp"), "roles", ("mlp", "router")),
         (AdapterSpec.full(), lambda s: s.freeze("embeddings"), "frozen", ("embeddings",)),
+        (AdapterSpec.full(), lambda s: s.train_mtp(), "mtp_weight", 0.3),
+        (AdapterSpec.full().train_mtp(), lambda s: s.train_mtp(weight=0), "mtp_weight", 0),
         (AdapterSpec.lora(), lambda s: s.with_rank(router=2, mlp=4), "ranks", (("mlp", 4), ("router", 2))),
         (AdapterSpec.lora().with_rank(mlp=4), lambda s: s.with_rank(mlp=8), "ranks", (("mlp", 8),)),
         (AdapterSpec.lora(), lambda s: s.with_target_modules("q_proj"), "target_modules", ("q_proj",)),
@@ -275,6 +277,7 @@ ILL_TYPED = [
     ),
     (AdapterSpec, "target_modules", "module suffixes", ["q_proj", ["q_proj"], ("",), (1,), None]),
     (AdapterSpec, "target_parameters", "parameter suffixes", ["gate", ["gate"], ("",), (1,), None]),
+    (AdapterSpec, "mtp_weight", "a number of at least 0", [-0.1, None, *NOT_NUMBER]),
     (
         AttentionSpec,
         "full",

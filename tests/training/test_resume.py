@@ -27,6 +27,7 @@ KINDS = {
     "lora": {"adapter": LORA, "neftune_alpha": 5.0, "dtype": "bfloat16"},
     "full": {"held_out": 0.2, "evaluate_every": 2},
     "full in bfloat16": {"dtype": "bfloat16"},
+    "multi-token prediction": {"adapter": qf.AdapterSpec.full().train_mtp(), "dtype": "bfloat16"},
     "8-bit": {"optimizer": "adamw_8bit", "dtype": "bfloat16", "tokens_per_step": 256},
     "sgd with master weights": {
         "optimizer": "sgd",

@@ -26,6 +26,7 @@ RULES: tuple[Callable[[Draft], Iterator[Finding]], ...] = (
     adapter.adapter_fields,
     adapter.layers_exist,
     adapter.targets_match,
+    adapter.multi_token_prediction,
     adapter.lora_limits,
     adapter.initialization,
     adapter.trained_beside,

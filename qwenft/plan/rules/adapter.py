@@ -34,7 +34,7 @@ _OF_PAIRS = {
     "train_fully": "copied",
     "train_tokens": "tokens",
 }
-_OF_WEIGHTS = {"freeze": "frozen", "only_norms_and_biases": "norms_and_biases"}
+_OF_WEIGHTS = {"freeze": "frozen", "only_norms_and_biases": "norms_and_biases", "train_mtp": "mtp_weight"}
 #: Initial pairs that are made of the weight, and taken out of it.
 _TAKEN_OUT = ("pissa", "olora")
 
@@ -64,7 +64,9 @@ def roles_exist(draft: Draft) -> Iterator[Finding]:
             role = named if isinstance(named, str) else named[0]
             if role in present:
                 continue
-            if role in roles_of(draft.checkpoint):
+            if role == "mtp" and draft.checkpoint.has_mtp:
+                yield error(f"adapter.{method}", '"mtp" is not loaded', "AdapterSpec.full().train_mtp()")
+            elif role in roles_of(draft.checkpoint):
                 yield error(f"adapter.{method}", f'"{role}" is not loaded', "recipe.with_model(vision=True)")
             elif role == "lm_head":
                 yield error(
@@ -147,6 +149,25 @@ def targets_match(draft: Draft) -> Iterator[Finding]:
                 )
     if not draft.trained:
         yield error("adapter", "nothing is trained", "AdapterSpec.lora()")
+
+
+def multi_token_prediction(draft: Draft) -> Iterator[Finding]:
+    """Train the layer that predicts the token after next where there is one, with a loss that knows of it."""
+    adapter, loss, place = draft.adapter, draft.training.chosen_loss, "adapter.train_mtp"
+    if not adapter.mtp_weight or adapter.kind == "lora":
+        return
+    if not draft.checkpoint.has_mtp:
+        problem = f"{draft.checkpoint.name} has not the one multi-token-prediction layer of the family"
+        yield error(place, problem, "leave .train_mtp out")
+    elif all(entry.weight.role != "mtp" for entry in draft.trained):
+        left_out = "freeze" if "mtp" in adapter.frozen else "on"
+        yield error(place, f'.{left_out} leaves "mtp" out', '.on(..., "mtp"), or no .train_mtp')
+    if not isinstance(loss, str):
+        yield error(
+            place,
+            f'{loss.__name__}() is given what the model\'s own head is given, and nothing of "mtp"',
+            'loss="chunked", or no .train_mtp',
+        )
 
 
 def lora_limits(draft: Draft) -> Iterator[Finding]:

@@ -2,13 +2,15 @@
 
 import re
 
+import attrs
 import pytest
 
 from qwenft.family.architectures import FAMILY
 from qwenft.specs.adapter import AdapterSpec
 from qwenft.specs.model import ModelSpec
+from qwenft.specs.training import TrainingSpec
 
-from .helpers import found, one, recipe
+from .helpers import GPU, found, one, recipe
 
 
 @pytest.mark.parametrize(
@@ -280,3 +282,67 @@ def test_what_is_adapted_in_some_layers_is_told():
 def test_what_cannot_be_trained_so(model, adapter, place, text, fix):
     """Each combination that cannot be is an error with its remedy."""
     assert one(recipe(model, adapter=adapter), place) == f"{place}: {text}\n     Fix: {fix}"
+
+
+def test_multi_token_prediction_that_can_be_trained():
+    """With all roles, with others or alone; left out, nothing of it is loaded."""
+    whole = AdapterSpec.full().train_mtp()
+    for adapter in (whole, whole.on("mtp"), whole.on("mlp", "mtp"), whole.freeze("embeddings")):
+        plan = recipe(adapter=adapter).compile(GPU)
+        assert plan.coverage[[row.role for row in plan.coverage].index("mtp")].parameters > 0
+    assert "mtp" not in {row.role for row in recipe(adapter=AdapterSpec.full()).compile(GPU).coverage}
+    assert recipe(adapter=whole.on("mtp")).compile(GPU).trained_parameters < 10**9
+
+
+@pytest.mark.parametrize(
+    ("adapter", "place", "message"),
+    [
+        (
+            AdapterSpec.lora().train_mtp(),
+            "adapter.train_mtp",
+            "LoRA freezes every weight of the model already\n     Fix: AdapterSpec.full(), or leave .train_mtp out",
+        ),
+        (
+            AdapterSpec.full().train_mtp().on("mlp"),
+            "adapter.train_mtp",
+            '.on leaves "mtp" out\n     Fix: .on(..., "mtp"), or no .train_mtp',
+        ),
+        (
+            AdapterSpec.full().train_mtp().freeze("mtp"),
+            "adapter.train_mtp",
+            '.freeze leaves "mtp" out\n     Fix: .on(..., "mtp"), or no .train_mtp',
+        ),
+        (
+            AdapterSpec.full().on("mtp"),
+            "adapter.on",
+            '"mtp" is not loaded\n     Fix: AdapterSpec.full().train_mtp()',
+        ),
+        (
+            AdapterSpec.full().freeze("mtp"),
+            "adapter.freeze",
+            '"mtp" is not loaded\n     Fix: AdapterSpec.full().train_mtp()',
+        ),
+    ],
+)
+def test_multi_token_prediction_that_would_not_be_trained(adapter, place, message):
+    """Each is an error with its remedy."""
+    assert one(recipe(adapter=adapter), place) == f"{place}: {message}"
+
+
+def test_multi_token_prediction_without_a_layer_or_its_loss(checkpoint):
+    """A checkpoint that has no such layer, and a loss function that is not told of it."""
+    without = checkpoint(attrs.evolve(FAMILY["qwen3.5-4b"], has_mtp=False))
+    whole = AdapterSpec.full().train_mtp()
+    text = one(recipe(ModelSpec(without), adapter=whole), "adapter.train_mtp")
+    assert text.endswith(
+        "has not the one multi-token-prediction layer of the family\n     Fix: leave .train_mtp out"
+    )
+
+    def own(hidden, batch, head):
+        raise NotImplementedError
+
+    text = one(recipe(adapter=whole, training=TrainingSpec(loss=own)), "adapter.train_mtp")
+    assert text.startswith(
+        'adapter.train_mtp: own() is given what the model\'s own head is given, and nothing of "mtp"'
+    )
+    assert text.endswith('\n     Fix: loss="chunked", or no .train_mtp')
