@@ -316,7 +316,7 @@ def _use_own_layers(model: Any) -> None:
             module.get_base_layer(), RoutedExperts
         ):
             module.__class__ = ParamWrapper
-        if takes_out and hasattr(module, "taken_out") and module.taken_out is None:
+        if takes_out and getattr(module, "taken_out", ()) is None and "default" in module.lora_A:
             a, b = (part["default"].weight.detach().clone() for part in (module.lora_A, module.lora_B))
             module.taken_out = (a, b)
         if isinstance(module, ModulesToSaveWrapper):

@@ -28,6 +28,9 @@ _METRICS = ("held_out_loss", "held_out_perplexity", "held_out_accuracy")
 # Of a training spec, what watches and keeps a run; the questions asked on the way are the user's own.
 _NO_SETTINGS = {"sample_prompts", "sample_tokens", "save_every", "keep_checkpoints"}
 
+# Of an adapter spec, what full fine-tuning has no use for.
+_OF_PAIRS = {"rank", "alpha", "dropout", "rslora", "dora", "initialization"}
+
 
 @attrs.frozen
 class Place:
@@ -206,12 +209,13 @@ def _settings(plan: TrainingPlan) -> list[tuple[str, str]]:
     """Every setting of the adapter and of the training that is not off, and what runs them."""
     recipe, draft = plan.recipe, plan.draft
     dump = Codec(folder=None).dump
-    adapter = dump(draft.adapter) if draft.adapter.kind == "lora" else {"frozen": draft.adapter.frozen}
+    full = draft.adapter.kind == "full"
+    adapter = {name: value for name, value in dump(draft.adapter).items() if not full or name not in _OF_PAIRS}
     training = {name: value for name, value in dump(recipe.training).items() if name not in _NO_SETTINGS}
     training["loss"] = recipe.training.chosen_loss
     few_bits = draft.storage.kind or "none"
     return [
-        ("method", "full fine-tuning" if recipe.adapter.kind == "full" else "LoRA"),
+        ("method", "full fine-tuning" if full else "LoRA"),
         *(
             (name.replace("_", " "), _value(value))
             for name, value in {**adapter, **training}.items()

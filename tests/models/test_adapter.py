@@ -113,7 +113,7 @@ def test_an_adapter_is_merged_without_a_model(foreign, tmp_path):
     checkpoint, folder = foreign
     path = qf.merge_adapter(folder, tmp_path / "merged", model=qf.ModelSpec(checkpoint))
     report = json.loads((path / "export.json").read_text())
-    assert report["logits"]["adapter_to_export"] < 1e-5 < report["logits"]["base_to_adapter"]
+    assert report["logits"]["adapter_to_export"] < 1e-4 < report["logits"]["base_to_adapter"]
     wanted = peft.PeftModel.from_pretrained(stock(checkpoint), folder).merge_and_unload().state_dict()
     got = stock(path).state_dict()
     assert wanted.keys() == got.keys()
@@ -303,7 +303,7 @@ def test_an_adapter_that_is_not_of_this_base_is_refused(case, saved, dense_check
 def test_a_folder_that_is_no_adapter_is_refused(dense_checkpoint, saved):
     """Nothing there, no JSON, or a file that was cut."""
     for fill in (
-        lambda folder: shutil.rmtree(folder),
+        shutil.rmtree,
         lambda folder: (folder / CONFIG).write_text("{"),
         lambda folder: (folder / CONFIG).write_text("[]"),
         lambda folder: (folder / TENSORS).write_bytes((folder / TENSORS).read_bytes()[:-100]),

@@ -1,5 +1,6 @@
 import math
 import re
+from pathlib import Path
 
 import attrs
 import pytest
@@ -70,6 +71,13 @@ def test_no_method_has_the_name_of_a_field_of_any_spec(cls):
         (AdapterSpec.full().train_mtp(), lambda s: s.train_mtp(weight=0), "mtp_weight", 0),
         (AdapterSpec.lora(), lambda s: s.with_rank(router=2, mlp=4), "ranks", (("mlp", 4), ("router", 2))),
         (AdapterSpec.lora().with_rank(mlp=4), lambda s: s.with_rank(mlp=8), "ranks", (("mlp", 8),)),
+        (AdapterSpec.lora(), lambda s: s.with_alpha(router=2, mlp=0.5), "alphas", (("mlp", 0.5), ("router", 2))),
+        (AdapterSpec.lora(), lambda s: s.with_layers(3, 1, 3), "layers", (1, 3)),
+        (AdapterSpec.lora(), lambda s: s.train_fully("norms", "lm_head"), "copied", ("norms", "lm_head")),
+        (AdapterSpec.lora(), lambda s: s.train_tokens(9, 7), "tokens", (7, 9)),
+        (AdapterSpec.full(), lambda s: s.only_norms_and_biases(), "norms_and_biases", True),
+        (AdapterSpec.lora(), lambda s: s.load(Path("runs/a")), "path", "runs/a"),
+        (AdapterSpec.lora(), lambda s: s.lora(initialization="pissa_niter_8"), "initialization", "pissa_niter_8"),
         (AdapterSpec.lora(), lambda s: s.with_target_modules("q_proj"), "target_modules", ("q_proj",)),
         (AdapterSpec.lora(), lambda s: s.with_target_parameters("gate"), "target_parameters", ("gate",)),
         (DATA, lambda s: s.with_columns(messages="turns"), "columns", (("messages", "turns"),)),
@@ -158,7 +166,7 @@ def test_backends_are_taken_as_objects_and_names():
             lambda: AdapterSpec.lora(rnk=8),
             (
                 r"AdapterSpec\.lora has no argument 'rnk'; did you mean 'rank'\?\n"
-                r"  Fix: AdapterSpec\.lora\(rank, alpha, dropout, rslora, dora\)"
+                r"  Fix: AdapterSpec\.lora\(rank, alpha, dropout, rslora, dora, initialization\)"
             ),
         ),
         (
@@ -201,6 +209,10 @@ def test_backends_are_taken_as_objects_and_names():
         (
             lambda: TrainingSpec(lr=1e-4),
             r"TrainingSpec has no argument 'lr': it is written learning_rate=2e-4\n  Fix: TrainingSpec\(learning_rate",
+        ),
+        (
+            lambda: AdapterSpec(kind="lora", lora_alpha=32),
+            r"AdapterSpec has no argument 'lora_alpha': it is written alpha=32\n  Fix: AdapterSpec\(alpha=32\)",
         ),
         (lambda: ParallelSpec(processes=8), r"ParallelSpec has no argument 'processes'"),
         (
@@ -275,6 +287,23 @@ ILL_TYPED = [
             ("mlp",),
         ],
     ),
+    (
+        AdapterSpec,
+        "alphas",
+        "roles with alphas above 0",
+        [5, None, [("mlp", 4)], (("mpl", 4),), (("mlp", 0),), (("mlp", True),), (("mlp", math.inf),), ("mlp",)],
+    ),
+    (
+        AdapterSpec,
+        "initialization",
+        "one of 'kaiming', 'gaussian', 'orthogonal', 'olora', 'pissa', 'pissa_niter_16'",
+        ["eva", "pissa_niter_", None, True],
+    ),
+    (AdapterSpec, "layers", "different indices of layers", [3, [3], (-1,), (1.0,), (True,), (3, 3), None]),
+    (AdapterSpec, "copied", "roles of the family", ["mlp", ["mlp"], ("mpl",), (1,), None, 5]),
+    (AdapterSpec, "tokens", "different token ids", [3, [3], (-1,), ("<think>",), (3, 3), None]),
+    (AdapterSpec, "norms_and_biases", "True or False", NOT_FLAG),
+    (AdapterSpec, "path", "a string that is not empty or None", ["", 5, b"runs"]),
     (AdapterSpec, "target_modules", "module suffixes", ["q_proj", ["q_proj"], ("",), (1,), None]),
     (AdapterSpec, "target_parameters", "parameter suffixes", ["gate", ["gate"], ("",), (1,), None]),
     (AdapterSpec, "mtp_weight", "a number of at least 0", [-0.1, None, *NOT_NUMBER]),
