@@ -319,6 +319,45 @@ def test_a_folder_that_is_no_adapter_is_refused(dense_checkpoint, saved):
         kept.rename(folder)
 
 
+def test_a_base_that_is_damaged_is_refused(moe_checkpoint, tmp_path):
+    """A file that is missing, cut or too short for its header is named, and nothing is left of the export."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(stock(moe_checkpoint), config).save_pretrained(tmp_path / "adapter")
+    for number, damage in enumerate(
+        (
+            lambda file: file.unlink(),
+            lambda file: file.write_bytes(file.read_bytes()[:-1000]),
+            lambda file: file.write_bytes(b"0123"),
+        )
+    ):
+        base = tmp_path / f"base-{number}"
+        shutil.copytree(moe_checkpoint, base)
+        damage(sorted(base.glob("*.safetensors"))[1])
+        with pytest.raises(qf.CheckpointError, match=r"model-00002.*(missing|damaged)|damaged.*model-00002"):
+            qf.merge_adapter(tmp_path / "adapter", tmp_path / "merged", model=qf.ModelSpec(base))
+    held = tmp_path / "held"
+    held.mkdir()
+    (held / "note").write_text("mine")
+    with pytest.raises(qf.CheckpointError, match="exists already, and is not overwritten"):
+        qf.merge_adapter(tmp_path / "adapter", held, model=qf.ModelSpec(moe_checkpoint))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base-0", "base-1", "base-2", "held"]
+    assert [path.name for path in held.iterdir()] == ["note"]
+
+
+def test_a_base_in_few_bits_is_not_merged_into(dense_checkpoint, tmp_path):
+    """A quantized copy holds no weights of 16 bits."""
+    spec = qf.ModelSpec(dense_checkpoint, dtype="float32").quantize("nf4")
+    plan = recipe(dense_checkpoint, qf.AdapterSpec.lora(rank=4), spec).compile()
+    copy = plan.save_quantized(tmp_path / "copy")
+    run = plan.train(tmp_path / "run", progress=False)
+    with pytest.raises(qf.CheckpointError, match="no weights of 16 bits to merge into"):
+        qf.merge_adapter(run.adapter_path, tmp_path / "merged", model=copy)
+    report = json.loads((qf.merge_adapter(run.adapter_path, tmp_path / "merged") / "export.json").read_text())
+    exported = json.loads((run.export(tmp_path / "of-run") / "export.json").read_text())
+    assert exported["logits"].pop("run_to_export") > 1e-3
+    assert exported == report
+
+
 def test_an_adapter_that_learned_nothing_is_not_exported(dense_checkpoint, tmp_path):
     """Pairs that are zero move no logit, and an export of them would only seem to be one."""
     model = peft.get_peft_model(stock(dense_checkpoint), peft.LoraConfig(r=4, target_modules=["q_proj"]))

@@ -19,13 +19,14 @@ from qwenft.specs.adapter import AdapterSpec
 
 ADAPTERS = {
     "every role": lambda roles: AdapterSpec.lora(rank=3).on(*roles),
-    "ranks and layers": lambda roles: AdapterSpec.lora(rank=2)
-    .on(*roles)
-    .with_rank(full_attention=5, vision=1)
-    .with_layers(1, 3, 17),
-    "in full": lambda roles: AdapterSpec.lora(rank=2)
-    .on("full_attention")
-    .train_fully(*({"lm_head", "norms", "router", "mlp", "vision_merger"} & {*roles, "norms"})),
+    "ranks and layers": lambda roles: (
+        AdapterSpec.lora(rank=2).on(*roles).with_rank(full_attention=5, vision=1).with_layers(1, 3, 17)
+    ),
+    "in full": lambda roles: (
+        AdapterSpec.lora(rank=2)
+        .on("full_attention")
+        .train_fully(*({"lm_head", "norms", "router", "mlp", "vision_merger"} & {*roles, "norms"}))
+    ),
     "tokens": lambda _: AdapterSpec.lora(dora=True).train_tokens(5, 248_000),
 }
 

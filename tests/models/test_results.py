@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 
 import peft
@@ -187,15 +188,16 @@ def test_exports_are_never_written_over_something(run, tmp_path):
     assert (tmp_path / "taken" / "note").read_text() == "mine"
 
 
-def test_a_failed_export_leaves_nothing(run, tmp_path, monkeypatch):
-    """When the disk is full halfway, no half of a checkpoint stays."""
-
-    def full(*_args, **_kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("qwenft.models.export.TensorFile.write", full)
-    with pytest.raises(qf.CheckpointError, match="No space left"):
-        run.export(tmp_path / "merged")
+@pytest.mark.parametrize("run", ["lora", "full", "experts"], indirect=True)
+def test_a_failed_export_leaves_nothing(run, tmp_path):
+    """When no more can be written halfway, no half of a checkpoint stays."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(qf.CheckpointError, match="merged: cannot be written: File too large"):
+            run.export(tmp_path / "merged")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -25,6 +25,10 @@ from .helpers import chats, comparable, recipe, weights, written
 LORA = qf.AdapterSpec.lora(rank=4, dropout=0.1)
 KINDS = {
     "lora": {"adapter": LORA, "neftune_alpha": 5.0, "dtype": "bfloat16"},
+    "pairs taken out, copies and tokens": {
+        "adapter": qf.AdapterSpec.lora(rank=4, initialization="pissa").train_fully("norms").train_tokens(7, 3),
+        "dtype": "bfloat16",
+    },
     "full": {"held_out": 0.2, "evaluate_every": 2},
     "full in bfloat16": {"dtype": "bfloat16"},
     "multi-token prediction": {"adapter": qf.AdapterSpec.full().train_mtp(), "dtype": "bfloat16"},
