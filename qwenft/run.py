@@ -95,7 +95,8 @@ class Run:
         """The model's answer.
 
         Args:
-            messages: a conversation, or the text of one user turn.
+            messages: a conversation, with images and videos as in training, whose paths may be any, or the text of
+                one user turn.
             max_new_tokens: at the most.
             base: let the model answer without its adapter.
             adapter: let it answer with another one, that :meth:`load_adapter` named so.
@@ -105,7 +106,7 @@ class Run:
 
         return answer(
             self.prepared.model,
-            self.prepared.tokenizer,
+            self.plan.encoder,
             messages,
             max_new_tokens,
             base=base,

@@ -328,7 +328,7 @@ class TrainingPlan:
         stream: Stream | None = prepared.corpus.held_out
         if data is not None:
             whole = attrs.evolve(data, held_out=None)
-            stream = read_corpus(whole, self.recipe.training, self._encoder).train
+            stream = read_corpus(whole, self.recipe.training, self.encoder).train
         if stream is None:
             raise DataError("there is no held-out data", fix="run.evaluate(DataSpec.messages(...))", row=None)
         found = prepared.evaluate(stream)
@@ -517,11 +517,15 @@ class TrainingPlan:
 
         return load_tokenizer(self._folder)
 
-    @property
-    def _encoder(self) -> Any:
+    @cached_property
+    def encoder(self) -> Any:
+        """What makes documents of conversations, with the images that the model sees."""
         from qwenft.data.chat import ChatEncoder
+        from qwenft.data.media import load_media_encoder
 
-        return ChatEncoder(self._tokenizer)
+        loaded = self.draft.architecture
+        media = None if loaded.is_text_only else load_media_encoder(self._folder, loaded, self._tokenizer)
+        return ChatEncoder(self._tokenizer, media)
 
     @cached_property
     def _corpus(self) -> Any:
@@ -529,4 +533,4 @@ class TrainingPlan:
 
         self.require_runnable()
         assert self.recipe.data is not None
-        return read_corpus(self.recipe.data, self.recipe.training, self._encoder)
+        return read_corpus(self.recipe.data, self.recipe.training, self.encoder)

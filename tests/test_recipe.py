@@ -49,6 +49,7 @@ CHANGED = {
     "data.mixed": PLAIN.with_data(PLAIN.data.mix(DataSpec.text("notes.jsonl"), 0.5)),
     "data.window": PLAIN.with_data(PLAIN.data.stream(window=7)),
     "data.bad_rows": PLAIN.with_data(bad_rows="skip"),
+    "data.images": PLAIN.with_data(PLAIN.data.with_images("pictures", max_pixels=65_536, hosts=("a.org",))),
     "data.overlap": PLAIN.with_data(overflow="split", overlap=64),
     "data.max_length": PLAIN.with_data(max_length=100),
     "data.overflow": PLAIN.with_data(overflow="truncate"),

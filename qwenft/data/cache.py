@@ -21,6 +21,8 @@ import attrs
 import numpy as np
 
 from qwenft.data.document import Document
+from qwenft.data.media import Medium
+from qwenft.data.pictures import Picture
 from qwenft.data.sources import files_of, resolved, signature
 from qwenft.errors import DataError
 from qwenft.specs.rows import Rows
@@ -44,7 +46,7 @@ _OPTIONS = (
     "control_tokens",
     "bad_rows",
 )
-_MODULES = ("formats", "sources", "template", "masking", "document", "chat", "cache")
+_MODULES = ("formats", "sources", "template", "masking", "document", "chat", "media", "pictures", "cache")
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")
 _ARRAYS = {
     "input_ids": np.int32,
@@ -95,6 +97,8 @@ def tokenised(data: DataSpec, encoder: ChatEncoder) -> Tokenised:
         if signature(path) != then:
             raise DataError(f"{path}: changed while it was read", fix="start again when it is written", row=None)
     built = Tokenised(documents, skipped, "")
+    if any(isinstance(picture.source, bytes) for one in documents for m in one.media for picture in m.pictures):
+        return attrs.evolve(built, cache="in memory alone: images that came as bytes cannot be kept")
     try:
         _write(built, place, names)
     except OSError as error:
@@ -122,6 +126,11 @@ def _key(data: DataSpec, files: Sequence[Path], encoder: ChatEncoder) -> str:
         tokenizer.chat_template,
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
     ]
+    if encoder.media is not None:
+        images = attrs.asdict(data.images)
+        del images["workers"]
+        # How long a document may be decides of its images where they are made to fit.
+        parts["media"] = [encoder.media.identity, images, data.max_length if data.overflow == "resize" else None]
     home = resources.files("qwenft.data")
     parts["code"] = [(home / f"{name}.py").read_text(encoding="utf-8") for name in _MODULES]
     parts["libraries"] = {name: version(name) for name in _LIBRARIES}
@@ -144,7 +153,8 @@ def _write(built: Tokenised, place: Path, names: Sequence[str]) -> None:
         counts = _write_arrays(built.documents, beside, names)
         lost = {number: one.lost for number, one in enumerate(built.documents) if one.lost}
         errors = [_named(error, names) for error in built.skipped]
-        index = json.dumps({"counts": counts, "lost": lost, "skipped": errors})
+        media = {number: [_plain(m) for m in one.media] for number, one in enumerate(built.documents) if one.media}
+        index = json.dumps({"counts": counts, "lost": lost, "skipped": errors, "media": media})
         (beside / "index.json").write_text(index, encoding="utf-8")
         if _read(place, names) is None:  # another build was not first
             shutil.rmtree(place, ignore_errors=True)
@@ -195,6 +205,9 @@ def _read(place: Path, names: Sequence[str]) -> Tokenised | None:
     try:
         index = json.loads((place / "index.json").read_text(encoding="utf-8"))
         arrays = {name: _mapped(place / name, index["counts"][name], dtype) for name, dtype in _ARRAYS.items()}
+        media = {int(number): tuple(map(_medium, found)) for number, found in index["media"].items()}
+        if not all(_is_there(picture) for of_one in media.values() for m in of_one for picture in m.pictures):
+            return None
     except (OSError, ValueError, KeyError):
         return None
     lengths = arrays["lengths"]
@@ -215,6 +228,7 @@ def _read(place: Path, names: Sequence[str]) -> Tokenised | None:
                 weights=weights if weighted[number] else None,
                 ends=arrays["ends"][end_starts[number] : end_starts[number + 1]],
                 lost=tuple(index["lost"].get(str(number), ())),
+                media=media.get(number, ()),
             )
         )
     skipped = []
@@ -223,6 +237,35 @@ def _read(place: Path, names: Sequence[str]) -> Tokenised | None:
         problem = error["problem"].replace("\0", name or "\0")
         skipped.append(DataError(problem, file=name, row=error["row"]))
     return Tokenised(documents, skipped, "")
+
+
+def _plain(medium: Medium) -> dict[str, Any]:
+    """A medium as JSON holds it."""
+    values = attrs.asdict(medium)
+    for picture in values["pictures"]:
+        picture["source"] = str(picture["source"])
+    return values
+
+
+def _medium(values: dict[str, Any]) -> Medium:
+    pictures = tuple(
+        Picture(
+            Path(one["source"]),
+            one["height"],
+            one["width"],
+            None if one["signature"] is None else tuple(one["signature"]),
+        )
+        for one in values["pictures"]
+    )
+    tuples = {name: tuple(values[name]) for name in ("grid", "starts", "bounds")}
+    return Medium(**{**values, **tuples, "pictures": pictures})
+
+
+def _is_there(picture: Picture) -> bool:
+    """Whether the file of a picture is the one that was measured."""
+    assert isinstance(picture.source, Path)
+    found = picture.source.stat()
+    return picture.signature in (None, (found.st_size, found.st_mtime_ns))
 
 
 def _mapped(path: Path, count: int, dtype: Any) -> np.ndarray:

@@ -50,7 +50,7 @@ def read_corpus(data: DataSpec, training: TrainingSpec, encoder: ChatEncoder) ->
         DataError: a row is wrong, too long under the policy "error", or no token of the data is trained.
     """
     counts = Counts()
-    options = _options(data, training)
+    options = _options(data, training) | _reading(data, encoder)
     streamed = None if data.window is None else IterableStream(data, encoder, **options)
     documents = _fitting(data, encoder, counts) if streamed is None else streamed.first(counts)
     _require_supervision(documents, data, "data")
@@ -89,15 +89,27 @@ def read_corpus(data: DataSpec, training: TrainingSpec, encoder: ChatEncoder) ->
         # Epochs see other rows, and may need a step more or less.
         steps=training.max_steps or sum(steps),
         window=data.window,
+        **_seen(documents),
         held_out=len(held_out),
         held_out_supervised=sum(document.supervised for document in held_out),
     )
     _require_reached(report.steps, training)
     other = data.held_out if isinstance(data.held_out, DataSpec) else data
-    evaluated = MapStream(held_out, **_options(other, training)) if held_out else None
+    evaluated = MapStream(held_out, **_options(other, training), **_reading(other, encoder)) if held_out else None
     # Of a stream only its beginning is known; its places tell what was read since.
     digests = {**_digests(documents, ""), **_digests(held_out, "held out, ")}
     return Corpus(streamed or train, evaluated, report, digests)
+
+
+def _seen(documents: list[Document]) -> dict[str, int]:
+    """How many images and videos, and how many tokens these are."""
+    media = [medium for document in documents for medium in document.media]
+    kinds = [medium.kind for medium in media]
+    return {
+        "images": kinds.count("image"),
+        "videos": kinds.count("video"),
+        "vision_tokens": sum(len(medium.starts) * medium.frame_tokens for medium in media),
+    }
 
 
 def _histogram(lengths: list[int]) -> tuple[tuple[int, int], ...]:
@@ -113,6 +125,12 @@ def _options(data: DataSpec, training: TrainingSpec) -> dict[str, Any]:
         "tokens_per_step": training.tokens_per_step,
         "seed": training.seed,
     }
+
+
+def _reading(data: DataSpec, encoder: ChatEncoder) -> dict[str, Any]:
+    """How pixels are read; workers only where images or videos can be."""
+    pixels = None if encoder.media is None else encoder.media.pixels
+    return {"pixels": pixels, "workers": data.images.workers}
 
 
 def _fitting(data: DataSpec, encoder: ChatEncoder, counts: Counts) -> list[Document]:

@@ -12,6 +12,8 @@ from qwenft.data.masking import IGNORED
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from qwenft.data.media import Medium
+
 
 @attrs.frozen(eq=False)
 class Document:
@@ -26,6 +28,7 @@ class Document:
         ends: [M] int32, behind the last token of each message that ends with a control token.
         lost: what the row holds and the template leaves out, such as "reasoning" or "content of the system".
         times: how often an epoch takes it.
+        media: its images and videos, in their order.
     """
 
     input_ids: np.ndarray
@@ -36,6 +39,7 @@ class Document:
     ends: np.ndarray = attrs.field(factory=lambda: np.zeros(0, dtype=np.int32))
     lost: tuple[str, ...] = ()
     times: float = 1.0
+    media: tuple[Medium, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -56,6 +60,7 @@ class Document:
             labels=labels,
             weights=None if self.weights is None else self.weights[start:stop],
             ends=self.ends[(self.ends > start) & (self.ends <= stop)] - start,
+            media=tuple(medium.moved(-start) for medium in self.media if start <= medium.bounds[0] < stop),
         )
 
     def last_end(self, start: int, stop: int) -> int:
@@ -76,9 +81,15 @@ class Document:
                 end = len(self) if len(self) - start <= length else self.last_end(done, start + length)
                 if end:
                     break
-            stop = end or start + length
+            stop = end or self._before_medium(start + length)
+            if stop <= done:
+                return  # an image or video is longer than a piece
             yield self.piece(start, stop, trained_from=done)
             done = stop
             before = self.ends[(self.ends >= done - overlap) & (self.ends < done)]
             # A token in the middle of a message is predicted from the one before it.
-            starts = [*map(int, before), done if end else done - 1]
+            starts = [*map(int, before), done if end else self._before_medium(done - 1)]
+
+    def _before_medium(self, place: int) -> int:
+        """A place that is in no image or video: itself, or in front of what encloses the one that it is in."""
+        return next((m.bounds[0] for m in self.media if m.bounds[0] < place < m.bounds[1]), place)

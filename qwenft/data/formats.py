@@ -29,7 +29,7 @@ _SHAREGPT = {
     "tool_response": "tool",
     "developer": "system",
 }
-_MEDIA = ("image", "image_url", "video")
+MEDIA = ("image", "image_url", "video")
 EXAMPLE = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}'
 
 
@@ -248,7 +248,7 @@ def _parts(row: Row, where: str, content: list[Any]) -> tuple[tuple[int, Trainin
     """The characters and the training of each part of a content: texts, images and videos."""
     found = []
     for place, part in enumerate(content):
-        is_media = isinstance(part, Mapping) and any(kind in part or part.get("type") == kind for kind in _MEDIA)
+        is_media = isinstance(part, Mapping) and any(kind in part or part.get("type") == kind for kind in MEDIA)
         if not is_media and not (isinstance(part, Mapping) and isinstance(part.get("text"), str)):
             expected = '{"type": "text", "text": ...}'
             raise row.error(f"{where}[{place}]: expected {expected}, got {part!r:.60}", EXAMPLE)

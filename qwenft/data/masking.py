@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qwenft.data.formats import Training
 from qwenft.data.template import PlacementError
 
 if TYPE_CHECKING:
@@ -37,13 +38,15 @@ def trained_ranges(conversation: Conversation, rendered: Rendered, data: DataSpe
         if not train and not any(part.train for part in parts):
             continue
         turn = rendered.turns.get(place)
+        if turn is None and isinstance(messages[place]["content"], list):
+            continue  # images alone, which are never trained
         if turn is None or place in left_out:
             what = "the chat template leaves out" if place in left_out else "nothing is said in"
             msg = f"message {place + 1} is to be trained, and {what} its content"
             raise PlacementError(msg)
         weight = training.weight if train else 0.0
         content = [(turn.thought, turn.spoken, weight)]
-        if parts:
+        if any(part != Training() for part in parts):
             # A part that says nothing of its training goes with its message.
             of_parts = [
                 training.weight * part.weight if (train if part.train is None else part.train) else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from abc import ABC, abstractmethod
@@ -12,13 +13,16 @@ import numpy as np
 import torch
 
 from qwenft.data.masking import IGNORED
+from qwenft.data.media import positions_of
 from qwenft.data.packing import pack
+from qwenft.data.reading import read_ahead
 from qwenft.kernels.layout import SequenceLayout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from qwenft.data.document import Document
+    from qwenft.data.media import Medium
     from qwenft.errors import DataError
 
 
@@ -40,6 +44,74 @@ class Place:
 
 
 @attrs.frozen(eq=False)
+class VisionInputs:
+    """The images and videos of a micro-batch, in the order of the stream.
+
+    Args:
+        pixel_values: [P, C * T * p * p] float32, the patches of all of them.
+        grid_thw: [M, 3] int64, frames, rows and columns of patches of each.
+        places: [V] int64, the positions of the stream that their features take.
+        position_ids: [3, T] int64, where every token of the stream stands in time, height and width.
+    """
+
+    pixel_values: torch.Tensor
+    grid_thw: torch.Tensor
+    places: torch.Tensor
+    position_ids: torch.Tensor
+
+    @classmethod
+    def from_documents(cls, documents: Sequence[Document], pixels: Sequence[torch.Tensor]) -> VisionInputs | None:
+        """Those of a row of documents; None where it has no image.
+
+        Args:
+            documents: of the row.
+            pixels: the patches of every medium of theirs.
+        """
+        if not pixels:
+            return None
+        places, positions, start = [], [], 0
+        for document in documents:
+            positions.append(positions_of(document))
+            places += [
+                start + first + np.arange(medium.frame_tokens)
+                for medium in document.media
+                for first in medium.starts
+            ]
+            start += len(document)
+        grids = [medium.grid for document in documents for medium in document.media]
+        return cls(
+            pixel_values=torch.cat(list(pixels)),
+            grid_thw=torch.tensor(grids),
+            places=torch.from_numpy(np.concatenate(places)),
+            position_ids=torch.from_numpy(np.concatenate(positions, axis=1)),
+        )
+
+    def to(self, device: torch.device | str) -> VisionInputs:
+        """The same on ``device``; grids are read on the host."""
+        tensors = (self.pixel_values, self.places, self.position_ids)
+        pixels, places, positions = (tensor.to(device) for tensor in tensors)
+        return VisionInputs(pixels, self.grid_thw, places, positions)
+
+    def between(self, start: int, stop: int) -> VisionInputs | None:
+        """Those of the tokens ``start`` to ``stop``, which are whole documents."""
+        patches = self.grid_thw.prod(1)
+        tokens = patches * len(self.places) // patches.sum()
+        firsts = self.places.cpu()[tokens.cumsum(0) - tokens]
+        mine = (firsts >= start) & (firsts < stop)
+        if not mine.any():
+            return None
+        of_pixels, of_places = (
+            mine.repeat_interleave(count).to(self.places.device) for count in (patches, tokens)
+        )
+        return VisionInputs(
+            self.pixel_values[of_pixels],
+            self.grid_thw[mine],
+            self.places[of_places] - start,
+            self.position_ids[:, start:stop],
+        )
+
+
+@attrs.frozen(eq=False)
 class Batch:
     """A micro-batch: one row of the stream.
 
@@ -50,6 +122,7 @@ class Batch:
         weights: [T] float32, each position's weight in the loss; 1 everywhere where None.
         documents: (file, row) of each document.
         following: where the stream goes on behind the step that this is part of; None where it is of no stream.
+        vision: its images and videos; None where it has none.
     """
 
     input_ids: torch.Tensor
@@ -58,16 +131,18 @@ class Batch:
     weights: torch.Tensor | None = None
     documents: tuple[tuple[str, int], ...] = ()
     following: Place | None = None
+    vision: VisionInputs | None = None
 
     @classmethod
-    def from_documents(cls, documents: Sequence[Document]) -> Batch:
-        """One row that holds these documents."""
+    def from_documents(cls, documents: Sequence[Document], pixels: Sequence[torch.Tensor] = ()) -> Batch:
+        """One row that holds these documents, and the patches of all of their media."""
         return cls(
             input_ids=torch.from_numpy(np.concatenate([d.input_ids for d in documents]).astype(np.int64)),
             labels=torch.from_numpy(np.concatenate([d.labels for d in documents]).astype(np.int64)),
             layout=SequenceLayout.from_lengths([len(d) for d in documents]),
             weights=_weights(documents),
             documents=tuple((d.file, d.row) for d in documents),
+            vision=VisionInputs.from_documents(documents, pixels),
         )
 
     def to(self, device: torch.device | str) -> Batch:
@@ -78,6 +153,7 @@ class Batch:
             labels=self.labels.to(device),
             layout=self.layout.to(device),
             weights=None if self.weights is None else self.weights.to(device),
+            vision=None if self.vision is None else self.vision.to(device),
         )
 
     def untrained(self) -> Batch:
@@ -96,6 +172,7 @@ class Batch:
                 layout=SequenceLayout.from_lengths([length], device=self.input_ids.device),
                 weights=None if weights is None else weights[n],
                 documents=self.documents[n : n + 1],
+                vision=None if self.vision is None else self.vision.between(*self.layout.starts[n : n + 2]),
             )
             for n, length in enumerate(lengths)
         ]
@@ -127,6 +204,8 @@ class Stream(ABC):
         seed: of shuffling and packing.
         rank: whose micro-batches are made.
         ranks: how many share a step.
+        pixels: of an image or a video, read where it lies; None for data without any.
+        workers: processes that read them ahead.
     """
 
     def __init__(
@@ -138,6 +217,8 @@ class Stream(ABC):
         seed: int = 0,
         rank: int = 0,
         ranks: int = 1,
+        pixels: Callable[[Medium], np.ndarray] | None = None,
+        workers: int = 0,
     ) -> None:
         self.capacity = capacity
         self.packed = packed
@@ -145,6 +226,8 @@ class Stream(ABC):
         self.seed = seed
         self.rank = rank
         self.ranks = ranks
+        self.pixels = pixels
+        self.workers = workers
         self._skipped: list[DataError] = []
 
     def take_skipped(self) -> list[DataError]:
@@ -182,11 +265,31 @@ class Stream(ABC):
 
         All ranks have as many in a step: one that is left without a row takes the step's first, untrained.
         """
-        for following, step in self.steps(place):
-            mine = [Batch.from_documents(row) for row in step[self.rank :: self.ranks]]
-            if len(mine) < -(-len(step) // self.ranks):
-                mine.append(Batch.from_documents(step[0]).untrained())
+        steps, ahead = itertools.tee(self.steps(place))
+        batches = self.loaded(row for _, step in ahead for row in self._mine(step))
+        for following, step in steps:
+            mine = list(itertools.islice(batches, len(self._mine(step))))
+            if len(step[self.rank :: self.ranks]) < len(mine):
+                mine[-1] = mine[-1].untrained()
             yield [attrs.evolve(batch, following=following) for batch in mine]
+
+    def _mine(self, step: list[list[Document]]) -> list[list[Document]]:
+        """The rows of a step that are this rank's; as many as any rank has."""
+        mine = step[self.rank :: self.ranks]
+        return mine if len(mine) == -(-len(step) // self.ranks) else [*mine, step[0]]
+
+    def loaded(self, rows: Iterable[list[Document]]) -> Iterator[Batch]:
+        """A micro-batch of each row, whose images and videos are read ahead.
+
+        Raises:
+            DataError: one is broken, or has changed since it was measured.
+        """
+        if self.pixels is None:
+            yield from map(Batch.from_documents, rows)
+            return
+        rows, ahead = itertools.tee(rows)
+        for row, pixels in zip(rows, read_ahead(ahead, self.pixels, self.workers), strict=True):
+            yield Batch.from_documents(row, pixels)
 
     def arranged(self, lengths: Sequence[int], seed: int) -> list[list[int]]:
         """The rows of documents of these lengths, in the order of training, as their indices."""
@@ -207,6 +310,8 @@ class MapStream(Stream):
 
     def __init__(self, documents: Sequence[Document], **options: Any) -> None:
         super().__init__(**options)
+        if not any(document.media for document in documents):
+            self.pixels = None
         self.documents = documents
         self.lengths = [len(document) for document in documents]
         alike: dict[float, list[int]] = {}

@@ -23,6 +23,7 @@ from qwenft.models.mtp import MultiTokenPrediction
 
 if TYPE_CHECKING:
     from qwenft.capabilities import AttentionBackend, LinearAttentionBackend
+    from qwenft.data.stream import VisionInputs
 
 
 class _BoundAttention:
@@ -343,6 +344,7 @@ def hidden_states(
     input_ids: torch.Tensor,
     layout: SequenceLayout,
     *,
+    vision: VisionInputs | None = None,
     wanted: torch.Tensor | None = None,
     neftune_alpha: float = 0.0,
 ) -> torch.Tensor:
@@ -352,6 +354,7 @@ def hidden_states(
         model: bound.
         input_ids: [T].
         layout: where its documents begin.
+        vision: the images and videos in it; the tower sees all of them first, each apart.
         wanted: [S] int64, the positions that are asked for, in the order of the stream; all T where None. The last
             layer leaves out what the others would need after its attention.
         neftune_alpha: of the noise on the embeddings (arXiv:2310.05914).
@@ -363,10 +366,27 @@ def hidden_states(
     arguments = stream_arguments(input_ids, layout)
     if wanted is not None:
         arguments["wanted"] = wanted
-    if neftune_alpha:
+    if neftune_alpha or vision is not None:
         embeddings = decoder.embed_tokens(arguments.pop("input_ids"))
-        arguments["inputs_embeds"] = embeddings + neftune_noise(embeddings, layout, neftune_alpha)
+        if neftune_alpha:
+            embeddings = embeddings + neftune_noise(embeddings, layout, neftune_alpha)
+        if vision is not None:
+            features = vision_features(model, vision).to(embeddings.dtype)
+            embeddings = embeddings.index_copy(1, vision.places, features[None])
+            # Four rows, the first of places in the text: three of them make transformers build a T x T mask.
+            arguments["position_ids"] = torch.cat([layout.position_ids[None], vision.position_ids])[:, None]
+        arguments["inputs_embeds"] = embeddings
     return decoder(**arguments).last_hidden_state[0]
+
+
+def vision_features(model: Any, vision: VisionInputs) -> torch.Tensor:
+    """What the tower hands to the text half: [V, H]; without a graph where nothing of the tower is trained."""
+    tower = causal_of(model).model.visual
+    trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in tower.parameters())
+    with torch.set_grad_enabled(trained):
+        pixels = vision.pixel_values.to(tower.dtype)
+        features: torch.Tensor = tower(pixels, grid_thw=vision.grid_thw.to(pixels.device)).pooler_output
+    return features
 
 
 def neftune_noise(embeddings: torch.Tensor, layout: SequenceLayout, alpha: float) -> torch.Tensor:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qwenft.data.chat import ChatEncoder
 from qwenft.errors import SpecError, nearest
 from qwenft.models.lora import output_head
+from qwenft.specs.images import ImageSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from qwenft.data.chat import ChatEncoder
+    from qwenft.data.document import Document
 
 
 @torch.no_grad()
 def answer(
     model: Any,
-    tokenizer: Any,
+    encoder: ChatEncoder,
     messages: str | list[dict[str, Any]],
     max_new_tokens: int,
     *,
@@ -30,31 +34,50 @@ def answer(
 
     Args:
         model: bound; called without a layout, it behaves as stock.
-        tokenizer: the checkpoint's.
+        encoder: of the checkpoint.
         messages: a conversation, or the text of one user turn.
         max_new_tokens: at the most.
         base: with the adapter off.
         adapter: the name of another one, which was loaded.
         **options: of ``generate``.
     """
-    template = ChatEncoder(tokenizer).template()
+    template, tokenizer = encoder.template(), encoder.tokenizer
     conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-    inputs = tokenizer(template.ask(conversation), return_tensors="pt", add_special_tokens=False)
-    inputs = inputs.to(output_head(model).weight.device)  # the embeddings may be on the host
+    # Who calls this may name any file.
+    asked = encoder.prompt(conversation, ImageSpec(root=Path.cwd().anchor))
+    ids = torch.from_numpy(asked.input_ids)[None].long()
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **_media(asked, encoder, ids)}
+    device = output_head(model).weight.device  # the embeddings may be on the host
     was_training = model.training
     model.eval()
     with _active(model, adapter, base=base):
         output = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            **{name: tensor.to(device) for name, tensor in inputs.items()},
             max_new_tokens=max_new_tokens,
             eos_token_id=tokenizer.convert_tokens_to_ids(template.end_token or tokenizer.eos_token),
             pad_token_id=tokenizer.pad_token_id,
             **{"do_sample": False, **options},
         )
     model.train(was_training)
-    written = output[0, inputs["input_ids"].shape[1] :]
+    written = output[0, ids.shape[1] :]
     return tokenizer.decode(written, skip_special_tokens=True).strip()
+
+
+def _media(asked: Document, encoder: ChatEncoder, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What stock takes of images and of videos."""
+    if encoder.media is None or not asked.media:
+        return {}
+    tokens = encoder.media.tokens
+    found = {"mm_token_type_ids": (ids == tokens.image).int() + 2 * (ids == tokens.video).int()}
+    for kind, pixels, grid in (
+        ("image", "pixel_values", "image_grid_thw"),
+        ("video", "pixel_values_videos", "video_grid_thw"),
+    ):
+        media = [medium for medium in asked.media if medium.kind == kind]
+        if media:
+            found[pixels] = torch.cat([torch.from_numpy(encoder.media.pixels(medium)) for medium in media])
+            found[grid] = torch.tensor([medium.grid for medium in media])
+    return found
 
 
 @contextmanager

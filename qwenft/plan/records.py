@@ -42,6 +42,9 @@ class DataReport:
         steps: optimizer steps of the run.
         held_out: documents kept for evaluation.
         held_out_supervised: tokens that the held-out loss is taken on.
+        images: of the documents.
+        videos: of the documents.
+        vision_tokens: of the tokens, those that are images and videos.
         window: how many rows were counted at the most, where the data are streamed; None where all were.
     """
 
@@ -66,6 +69,9 @@ class DataReport:
     steps: int
     held_out: int
     held_out_supervised: int
+    images: int = 0
+    videos: int = 0
+    vision_tokens: int = 0
     window: int | None = None
 
 

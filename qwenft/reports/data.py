@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import itertools
 from collections import Counter
 from html import escape
@@ -12,7 +14,8 @@ import attrs
 import numpy as np
 
 from qwenft.data.chat import ChatEncoder, ShownToken
-from qwenft.models.checkpoint import checkpoint_folder
+from qwenft.data.media import load_media_encoder
+from qwenft.models.checkpoint import architecture_of, checkpoint_folder
 from qwenft.models.load import load_tokenizer
 from qwenft.reports.html import html_table
 from qwenft.reports.text import table
@@ -20,6 +23,7 @@ from qwenft.reports.text import table
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from qwenft.data.pictures import Picture
     from qwenft.errors import DataError
     from qwenft.specs.data import DataSpec
     from qwenft.specs.model import ModelSpec
@@ -34,6 +38,7 @@ _GROUNDS = {
 }
 _COLOURS = {"system": 90, "user": 34, "assistant": 32, "tool": 33, "text": 32}
 _TRAINED, _END = "\033[1;4m", "\033[0m"
+_FRAMES, _SIDE = 8, 160  # of a video that are shown, and of a small copy in pixels
 _NEAR_EMPTY = 3  # trained tokens of a document, the end of the turn among them
 
 
@@ -50,7 +55,10 @@ class Preview:
     def __str__(self) -> str:
         """Colours and underlines for a terminal."""
         legend = " ".join(f"\033[{_COLOURS[role]}m{role}{_END}" for role in self._roles())
-        shown = ["".join(self._run(*run) for run in _runs(document)) for document in self.documents]
+        shown = [
+            "".join(self._run(run.text, run.role, run.weight) for run in _runs(document))
+            for document in self.documents
+        ]
         return "\n\n".join([f"{legend}   {_TRAINED}trained{_END}", *shown])
 
     __repr__ = __str__
@@ -60,13 +68,16 @@ class Preview:
         shown = [
             f'<p style="white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7">{text}</p>'
             for document in self.documents
-            for text in ["".join(self._html(*run) for run in _runs(document))]
+            for text in ["".join(map(self._shown, _runs(document)))]
         ]
         head = f"<p>{legend} {self._html('trained', '', 1.0)}</p>"
         return f'<div style="font-family:monospace;max-width:900px">{head}{"<hr>".join(shown)}</div>'
 
     def _roles(self) -> list[str]:
         return list(dict.fromkeys(token.role for document in self.documents for token in document))
+
+    def _shown(self, run: ShownToken) -> str:
+        return self._html(run.text, run.role, run.weight) + _thumbnails(run.pictures)
 
     @staticmethod
     def _run(text: str, role: str, weight: float) -> str:
@@ -81,10 +92,23 @@ class Preview:
         return f'<span style="{ground}{line}"{title}>{escape(text)}</span>'
 
 
-def _runs(document: Sequence[ShownToken]) -> list[tuple[str, str, float]]:
-    """Neighbouring tokens of one role and weight, as one text."""
-    grouped = itertools.groupby(document, key=lambda token: (token.role, token.weight))
-    return [("".join(token.text for token in tokens), role, weight) for (role, weight), tokens in grouped]
+def _runs(document: Sequence[ShownToken]) -> list[ShownToken]:
+    """Neighbouring tokens of one role and weight as one; an image or a video is one by itself."""
+    grouped = itertools.groupby(document, key=lambda token: attrs.evolve(token, text=""))
+    return [attrs.evolve(alike, text="".join(token.text for token in tokens)) for alike, tokens in grouped]
+
+
+def _thumbnails(pictures: Sequence[Picture]) -> str:
+    """Small copies of an image, or of the first frames of a video, as HTML."""
+    shown = []
+    for picture in pictures[:_FRAMES]:
+        image = picture.open()
+        image.thumbnail((_SIDE, _SIDE))
+        encoded = io.BytesIO()
+        image.save(encoded, format="PNG")
+        data = base64.b64encode(encoded.getvalue()).decode()
+        shown.append(f'<img style="vertical-align:middle;margin:2px" src="data:image/png;base64,{data}">')
+    return "".join(shown)
 
 
 @attrs.frozen(eq=False)
@@ -191,4 +215,7 @@ def describe(data: DataSpec, model: ModelSpec) -> Description:
 
 
 def _encoder(model: ModelSpec) -> ChatEncoder:
-    return ChatEncoder(load_tokenizer(checkpoint_folder(model)))
+    folder, architecture = checkpoint_folder(model), architecture_of(model)
+    tokenizer = load_tokenizer(folder)
+    seeing = not architecture.is_text_only and (folder / "preprocessor_config.json").exists()
+    return ChatEncoder(tokenizer, load_media_encoder(folder, architecture, tokenizer) if seeing else None)

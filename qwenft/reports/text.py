@@ -176,12 +176,19 @@ def data_text(plan: TrainingPlan) -> str:
     ]
     return (
         ("" if data.window is None else f"streamed, of the first {data.rows:,} rows: ")
-        + f"{data.documents:,} documents, {data.tokens:,} tokens, {data.supervised:,} of them supervised; "
+        + f"{data.documents:,} documents, {data.tokens:,} tokens, {data.supervised:,} of them supervised"
+        + (f", {data.vision_tokens:,} of {_media_text(data)}" if data.vision_tokens else "")
+        + "; "
         f"{data.stream_rows:,} rows filled to {data.fill:.0%}; {data.steps:,} steps"
         + (f"; {data.held_out:,} documents held out" if data.held_out else "")
         + (f"; {', '.join(lost)}" if lost else "")
         + (f"; {data.lost_tokens / data.read_tokens:.1%} of the tokens lost" if data.lost_tokens else "")
     )
+
+
+def _media_text(data: DataReport) -> str:
+    counts = [(data.images, "image"), (data.videos, "video")]
+    return " and ".join(f"{count:,} {kind}{'s' * (count != 1)}" for count, kind in counts if count)
 
 
 def lengths_text(data: DataReport) -> str:

@@ -10,29 +10,33 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from qwenft.errors import SpecError, nearest
-from qwenft.specs.base import Check, flag, one_of, spec, whole
+from qwenft.specs.base import Check, flag, kind_of, one_of, spec, whole
+from qwenft.specs.images import ImageSpec
 from qwenft.specs.model import ModelSpec
 from qwenft.specs.rows import Source, hub_source, source_of
 
 if TYPE_CHECKING:
+    import os
+
     from qwenft.reports.data import Description, Preview
 
 # What a row of each format holds, by the names that rows use unless with_columns says others.
 FORMATS: dict[str, dict[str, str]] = {
-    "messages": {"messages": "messages", "tools": "tools"},
+    "messages": {"messages": "messages", "tools": "tools", "images": "images"},
     "conversations": {
         "conversations": "conversations",
         "role": "from",
         "content": "value",
         "system": "system",
         "tools": "tools",
+        "images": "images",
     },
-    "prompt_completion": {"prompt": "prompt", "completion": "completion", "tools": "tools"},
+    "prompt_completion": {"prompt": "prompt", "completion": "completion", "tools": "tools", "images": "images"},
     "alpaca": {"instruction": "instruction", "input": "input", "output": "output", "system": "system"},
     "text": {"text": "text"},
 }
 ROLES = ("system", "user", "assistant", "tool")
-OVERFLOWS = ("drop", "truncate", "split", "error")
+OVERFLOWS = ("drop", "truncate", "split", "resize", "error")
 
 
 def _is_holdout(value: Any) -> bool:
@@ -85,7 +89,8 @@ class DataSpec:
         columns: (what a format reads, the column or key that holds it), where that has another name.
         max_length: the longest document, in tokens.
         overflow: what happens to a longer one: "drop" it, "truncate" it behind the last message that fits, "split"
-            it between messages, or stop with an "error".
+            it between messages, "resize" its images and videos until it fits, and drop it where that is not
+            enough, or stop with an "error". No image is ever cut.
         overlap: the most tokens of what came before that a further piece of a split document repeats, untrained.
         packed: several documents share a row of the stream; they never see each other.
         row_tokens: the capacity of a packed row; ``max_length`` where None.
@@ -99,6 +104,7 @@ class DataSpec:
         template: options of the chat template by name, in JSON.
         control_tokens: a row that spells one is refused, or it is encoded as the plain text that it is ("encode").
         bad_rows: a row that is wrong is an "error", or skipped and listed ("skip").
+        images: where images and videos of messages come from, and how large the model sees them.
         mixed: (other data, how often an epoch takes each of their documents), beside these.
         window: how many rows are read ahead, shuffled and packed together while training goes on; all of them are
             read before it begins where None.
@@ -162,6 +168,9 @@ class DataSpec:
         default="error", kw_only=True, validator=one_of(("error", "skip"), '.on_bad_row("error")')
     )
 
+    images: ImageSpec = attrs.field(
+        factory=ImageSpec, kw_only=True, validator=kind_of(ImageSpec, '.with_images(root="pictures")')
+    )
     mixed: tuple[tuple[DataSpec, float], ...] = attrs.field(
         default=(),
         kw_only=True,
@@ -176,8 +185,9 @@ class DataSpec:
         """Rows whose ``messages`` column is a list of {"role": ..., "content": ...}, as OpenAI's API has them.
 
         A message may also hold ``reasoning_content``, ``tool_calls``, and ``train`` and ``weight``, which decide
-        of its training; a content may come in parts, {"type": "text", "text": ..., "train": ..., "weight": ...}. A
-        column ``tools`` holds the JSON schemas of the tools.
+        of its training; a content may come in parts, {"type": "text", "text": ..., "train": ..., "weight": ...},
+        images and videos among them (:meth:`with_images`). A column ``tools`` holds the JSON schemas of the tools,
+        and ``images`` the images of parts that name none, in their order.
 
         Args:
             source: a JSONL, JSON, Parquet or CSV file, a glob, a list of these, a list of dicts, a
@@ -263,6 +273,35 @@ class DataSpec:
     def on_bad_row(self, bad_rows: str) -> DataSpec:
         """Say what becomes of a row that is wrong: "error", or "skip" and list it."""
         return attrs.evolve(self, bad_rows=bad_rows)
+
+    def with_images(
+        self,
+        root: str | os.PathLike[str] | None = None,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        hosts: tuple[str, ...] = (),
+        workers: int = 2,
+    ) -> DataSpec:
+        """Say where images and videos of messages come from, and how large the model sees them.
+
+        A content holds them as parts: {"type": "image", "image": ...} or {"type": "image_url", "image_url": ...}
+        with a path under ``root``, a data URL, bytes or a PIL image; {"type": "video", "video": [frames],
+        "fps": 2}.
+
+        Args:
+            root: the folder in which paths lie.
+            min_pixels: of an image, which is scaled to at least as many, and of all frames of a video.
+            max_pixels: likewise, at most.
+            hosts: from which https URLs are fetched, and kept.
+            workers: processes that read images ahead of training.
+        """
+        return attrs.evolve(
+            self,
+            images=ImageSpec(
+                root=root, min_pixels=min_pixels, max_pixels=max_pixels, hosts=hosts, workers=workers
+            ),
+        )
 
     def pack(self, row_tokens: int | None = None) -> DataSpec:
         """Put several documents into rows of ``row_tokens`` tokens, or of max_length where None."""

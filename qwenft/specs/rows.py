@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -161,6 +163,18 @@ def without_none(value: Any) -> Any:
     return value
 
 
+def _data_url(value: Any) -> str:
+    """An image, or the bytes of one, as JSON holds it."""
+    if hasattr(value, "getexif") and hasattr(value, "save"):
+        encoded = io.BytesIO()
+        value.save(encoded, format="PNG")
+        value = encoded.getvalue()
+    if isinstance(value, bytes | bytearray):
+        return f"data:image/*;base64,{base64.b64encode(value).decode()}"
+    msg = f"Object of type {type(value).__name__} is not JSON serializable"
+    raise TypeError(msg)
+
+
 def _lines(rows: Iterable[Any]) -> Iterator[str]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
@@ -171,12 +185,13 @@ def _lines(rows: Iterable[Any]) -> Iterator[str]:
                 row=number,
             )
         try:
-            line = json.dumps(dict(row), ensure_ascii=False)  # in the row's own order, which templates show
+            # In the row's own order, which templates show.
+            line = json.dumps(dict(row), ensure_ascii=False, default=_data_url)
             line.encode()
         except (TypeError, ValueError) as error:
             raise SpecError(
                 f"DataSpec: row {number} holds what JSON cannot: {error}",
-                fix="rows of strings, numbers, lists and mappings",
+                fix="rows of strings, numbers, lists, mappings and images",
                 row=number,
             ) from None
         yield line

@@ -118,7 +118,14 @@ class Prepared:
         """What the output head is given for all T tokens or S wanted ones; with NEFTune's noise in training."""
         alpha = self.training.neftune_alpha if self.model.training else 0.0
         with fusion(asked=self.training.compile_elementwise):
-            return hidden_states(self.model, batch.input_ids, batch.layout, wanted=wanted, neftune_alpha=alpha)
+            return hidden_states(
+                self.model,
+                batch.input_ids,
+                batch.layout,
+                vision=batch.vision,
+                wanted=wanted,
+                neftune_alpha=alpha,
+            )
 
     def loss(self, batch: Batch) -> Loss:
         """The recipe's loss of a micro-batch, with its graph.
@@ -152,7 +159,17 @@ class Prepared:
         return Loss(total, batch.tokens, mtp)
 
     def _mtp_loss(self, batch: Batch, hidden_TC: torch.Tensor, *, method: str) -> Loss:
-        """That of the token after next, with its graph: a sum over the tokens that have a trained one."""
+        """That of the token after next, with its graph: a sum over the tokens that have a trained one.
+
+        Raises:
+            DataError: there are images, of which the layer would see the placeholders.
+        """
+        if batch.vision is not None:
+            raise DataError(
+                "the multi-token-prediction layer is trained on text, and this row holds images",
+                fix="AdapterSpec.full() without .train_mtp()",
+                row=None,
+            )
         shifted = one_token_on(batch)
 
         def hidden(batch: Batch, wanted: torch.Tensor | None = None) -> torch.Tensor:
@@ -287,8 +304,8 @@ class Prepared:
         self.model.eval()
         loss = correct = tokens = 0.0
         with self._algorithms():
-            for _, row in stream.rows_from(Place()):
-                batch = Batch.from_documents(row).to(self.device)
+            for loaded in stream.loaded(row for _, row in stream.rows_from(Place())):
+                batch = loaded.to(self.device)
                 scores = token_scores(*self._supervised(batch, self.hidden))
                 loss, correct, tokens = loss + scores[0], correct + scores[1], tokens + batch.tokens
         self.model.train(was_training)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
+from qwenft.data.chat import ChatEncoder
 from qwenft.errors import CheckpointError
 from qwenft.models.generate import answer
 from qwenft.training.interruption import Interruption
@@ -155,7 +156,7 @@ class _Course:
 
     def _answered(self, step: int, prompt: str) -> dict[str, Any]:
         prepared = self.prepared
-        text = answer(prepared.model, prepared.tokenizer, prompt, prepared.training.sample_tokens)
+        text = answer(prepared.model, ChatEncoder(prepared.tokenizer), prompt, prepared.training.sample_tokens)
         return {"step": step, "prompt": prompt, "answer": text}
 
     def is_saved(self, step: int) -> bool:

@@ -13,6 +13,7 @@ from qwenft.specs.adapter import AdapterSpec
 from qwenft.specs.attention import AttentionSpec
 from qwenft.specs.codec import Codec
 from qwenft.specs.data import DataSpec
+from qwenft.specs.images import ImageSpec
 from qwenft.specs.model import ModelSpec, Quantization
 from qwenft.specs.parallel import ParallelSpec
 from qwenft.specs.training import TrainingSpec
@@ -22,6 +23,7 @@ DATA = DataSpec.messages("chats.jsonl")
 EXAMPLES = {
     ModelSpec: MODEL,
     Quantization: Quantization("nf4", double_quant=True),
+    ImageSpec: ImageSpec(),
     AdapterSpec: AdapterSpec.lora(),
     AttentionSpec: AttentionSpec(),
     DataSpec: DATA,
@@ -93,6 +95,7 @@ def test_no_method_has_the_name_of_a_field_of_any_spec(cls):
         (DATA, lambda s: s.with_template(a=1).with_template(b=2), "template_options", {"a": 1, "b": 2}),
         (DATA, lambda s: s.with_control_tokens("encode"), "control_tokens", "encode"),
         (DATA, lambda s: s.on_bad_row("skip"), "bad_rows", "skip"),
+        (DATA, lambda s: s.with_images(Path("p"), workers=0), "images", ImageSpec(root="p", workers=0)),
         (DATA, lambda s: s.pack(), "packed", True),
         (DATA, lambda s: s.pack(row_tokens=9000), "row_tokens", 9000),
         (DATA.pack(9000), lambda s: s.unpack(), "row_tokens", None),
@@ -353,9 +356,20 @@ ILL_TYPED = [
     (DataSpec, "template", "options by name, of what JSON holds", [None, "a", {"a": object}, (("a", 1),)]),
     (DataSpec, "control_tokens", "one of 'refuse', 'encode'", ["keep", None]),
     (DataSpec, "bad_rows", "one of 'error', 'skip'", ["warn", None]),
+    (DataSpec, "images", "an ImageSpec", ["pictures", None, {"root": "pictures"}]),
+    (ImageSpec, "root", "a string that is not empty or None", ["", 5, b"pictures"]),
+    (ImageSpec, "min_pixels", "a whole number of at least 1 or None", [0, -1, *NOT_WHOLE]),
+    (ImageSpec, "max_pixels", "a whole number of at least 1 or None", [0, -1, *NOT_WHOLE]),
+    (ImageSpec, "hosts", "names of hosts", ["example.org", ["example.org"], ("",), (1,), None]),
+    (ImageSpec, "workers", "a whole number of at least 0", [-1, None, *NOT_WHOLE]),
     (DataSpec, "overlap", "a whole number of at least 0", [-1, None, *NOT_WHOLE]),
     (DataSpec, "max_length", WHOLE_2, [1, 0, -5, None, *NOT_WHOLE]),
-    (DataSpec, "overflow", "one of 'drop', 'truncate', 'split', 'error'", ["cut", None, True]),
+    (
+        DataSpec,
+        "overflow",
+        "one of 'drop', 'truncate', 'split', 'resize', 'error'",
+        ["cut", None, True],
+    ),
     (DataSpec, "packed", "True or False", NOT_FLAG),
     (DataSpec, "row_tokens", f"{WHOLE_2} or None", [1, 0, *NOT_WHOLE]),
     (
