@@ -31,7 +31,7 @@ _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _RATIO = 200  # transformers' smart_resize refuses what is longer
 _TIMEOUT = 20  # seconds without an answer
 _REMOTE_BYTES = 100_000_000  # of one image that is fetched
-_TAIL = 65536  # bytes in which a JPEG's end is looked for first
+_TAIL = 65536  # bytes in which a JPEG's end is looked for
 _SCHEME = re.compile(r"(data(?=:)|[a-z][a-z0-9+.-]*(?=://))", re.IGNORECASE)
 _FOLDER = '.with_images(root="folder")'
 _AGAIN = "save or download it again"
@@ -320,14 +320,12 @@ def _measured(file: IO[bytes], name: str, max_pixels: int) -> tuple[int, int]:
 
 
 def _check_end(image: Image.Image, file: IO[bytes]) -> None:
-    """Refuse a JPEG that is cut short: one without an end mark, unless it can be decoded, as few can."""
+    """Refuse a JPEG that is cut short: one that has no end mark and cannot be decoded."""
     pixels = file.tell()
     size = file.seek(0, os.SEEK_END)
-    for start in (max(pixels, size - _TAIL), pixels):
-        file.seek(start)
-        if b"\xff\xd9" in file.read():
-            return
-    image.load()
+    file.seek(max(pixels, size - _TAIL))
+    if b"\xff\xd9" not in file.read():
+        image.load()
 
 
 def _png_exif(file: IO[bytes]) -> bytes | None:

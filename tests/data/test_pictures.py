@@ -13,7 +13,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, WebPImagePlugin, features
 
 from qwenft.data.pictures import Picture, PictureError, Pictures
 
@@ -119,6 +119,7 @@ def test_a_picture_is_equal_by_its_source_and_says_little(root, pictures):
     first, second = pictures.find("inner/a b.png"), pictures.find(root / "inner" / "a b.png")
     assert first == second
     assert len({first, second, pictures.find(PNG)}) == 2
+    assert Picture(PNG, height=1, width=1) == Picture(PNG, height=2, width=2)
     assert first.source == (root / "inner" / "a b.png").resolve()
     assert first.signature == (len(PNG), first.source.stat().st_mtime_ns)
     assert pictures.find(PNG).signature is None
@@ -194,8 +195,9 @@ def test_paths_of_no_image_are_refused(root, pictures):
     refused(pictures, "inner", "is a folder")
     refused(pictures, "pipe.png", "no regular file")
     refused(pictures, "nothing.png", "is empty")
-    for value in ("loop.png", "a\0b.png", "a" * 100_000, "inner/a b.png/c.png", "https://[", "file://other/a.png"):
+    for value in ("loop.png", "a\0b.png", "a" * 100_000, "inner/a b.png/c.png", "https://["):
         refused(pictures, value, "")
+    refused(pictures, f"file://other{root}/inner/a%20b.png", "only https URLs")
 
 
 def test_data_urls_of_no_image_are_refused(pictures):
@@ -203,7 +205,7 @@ def test_data_urls_of_no_image_are_refused(pictures):
     refused(pictures, "data:text/plain;base64,aGk=", "is no image in base64")
     refused(pictures, "data:image/svg+xml,%3Csvg/%3E", "is no image in base64")
     refused(pictures, "data:image/png;base64", "is empty")
-    refused(pictures, "data:image/png;base64,a*b", "is no base64")
+    refused(pictures, "data:image/png;base64,YW*Jj", "is no base64")
     refused(pictures, "data:image/png;base64,abc", "is no base64")
     refused(pictures, "data:image/png;base64,aGk=", "is no PNG, JPEG")
     refused(pictures, "data:image/png;base64,", "is empty")
@@ -371,6 +373,8 @@ def test_a_damaged_png_is_refused():
     place = PNG.index(b"IDAT") + 40
     damaged = PNG[:place] + bytes([PNG[place] ^ 255]) + PNG[place + 1 :]
     refused(Pictures(), damaged, "checksum")
+    for length in (len(PNG) - 1, len(PNG) - 4, len(PNG) - 9, len(PNG) - 12):
+        refused(Pictures(), PNG[:length], "truncated")
     with pytest.raises(PictureError, match="is broken"):
         Pictures().find(header_of(30, 50)).open()
 
@@ -472,20 +476,33 @@ def test_a_size_that_was_not_measured_is_not_opened():
         Picture(PNG, height=50, width=30).open()
 
 
+def test_no_image_is_decoded_to_be_measured(monkeypatch):
+    """Finding an image of any kind reads no pixels of it."""
+    kinds = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"] + ["AVIF"] * features.check("avif")
+    files = [file_of(Image.fromarray(NOISE), kind) for kind in kinds]
+
+    def decoded(_):
+        pytest.fail("an image was decoded")
+
+    for kind in (ImageFile.ImageFile, TiffImagePlugin.TiffImageFile, WebPImagePlugin.WebPImageFile):
+        monkeypatch.setattr(kind, "load", decoded)
+    assert [Pictures().find(data).width for data in files] == [50] * len(kinds)
+
+
 # What is shown
 
 
 def test_16_bits_of_grey_are_scaled():
     """65535 is white and 257 is 1, from PNG, TIFF of either order, PGM and memory; a transparent value is white."""
-    values = np.array([[0, 257, 128 * 257, 65535]], dtype=np.uint16)
-    expected = [[[value] * 3 for value in (0, 1, 128, 255)]]
+    values = np.array([[0, 257, 400, 128 * 257, 65535]], dtype=np.uint16)
+    expected = [[[value] * 3 for value in (0, 1, 2, 128, 255)]]
     image = Image.fromarray(values)
-    pgm = b"P5 4 1 65535\n" + values.astype(">u2").tobytes()
-    big = file_of(Image.frombytes("I;16B", (4, 1), values.astype(">u2").tobytes()), "TIFF")
+    pgm = b"P5 5 1 65535\n" + values.astype(">u2").tobytes()
+    big = file_of(Image.frombytes("I;16B", (5, 1), values.astype(">u2").tobytes()), "TIFF")
     for value in (image, file_of(image), file_of(image, "TIFF"), big, pgm):
         assert pixels(Pictures().find(value).open()) == expected
     clear = file_of(image, transparency=257)
-    assert pixels(Pictures().find(clear).open()) == [[[0] * 3, [255] * 3, [128] * 3, [255] * 3]]
+    assert pixels(Pictures().find(clear).open()) == [[[0] * 3, [255] * 3, [2] * 3, [128] * 3, [255] * 3]]
 
 
 def test_transparency_lies_on_white():
