@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qwenft.data.formats import Training
 from qwenft.data.template import PlacementError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from qwenft.data.formats import Conversation
-    from qwenft.data.template import Rendered
+    from qwenft.data.template import Rendered, Segment
     from qwenft.specs.data import DataSpec
 
 IGNORED = -100
@@ -46,14 +45,14 @@ def trained_ranges(conversation: Conversation, rendered: Rendered, data: DataSpe
             raise PlacementError(msg)
         weight = training.weight if train else 0.0
         content = [(turn.thought, turn.spoken, weight)]
-        if any(part != Training() for part in parts):
+        if parts:
             # A part that says nothing of its training goes with its message.
             of_parts = [
                 training.weight * part.weight if (train if part.train is None else part.train) else 0.0
                 for part in parts
             ]
             content = [
-                (segment.start, segment.stop, of_parts[segment.part])
+                (*_with_spaces(segment, rendered.text, messages[place]["content"]), of_parts[segment.part])
                 for segment in rendered.segments
                 if segment.message == place and segment.kind == "content"
             ]
@@ -64,6 +63,20 @@ def trained_ranges(conversation: Conversation, rendered: Rendered, data: DataSpe
             (turn.end, turn.stop, weight if data.end_of_turn else 0.0),
         ]
     return _joined(sorted(found))
+
+
+def _with_spaces(segment: Segment, text: str, content: Any) -> tuple[int, int]:
+    """Where a part of a content stands, with the whitespace at its ends where the template leaves it there."""
+    if not isinstance(content, list):
+        return segment.start, segment.stop
+    said: str = content[segment.part]["text"]
+    before = said[: len(said) - len(said.lstrip())]
+    after = said[len(said.rstrip()) :]
+    start, stop = segment.start - len(before), segment.stop + len(after)
+    return (
+        start if text[max(start, 0) : segment.start] == before else segment.start,
+        stop if text[segment.stop : stop] == after else segment.stop,
+    )
 
 
 def _joined(ranges: Sequence[Range]) -> list[Range]:

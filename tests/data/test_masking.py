@@ -159,7 +159,9 @@ def test_images_stand_between_texts_and_are_no_text_of_a_message(name):
         trained = "".join(rendered.text[start:stop] for start, stop, _ in trained_ranges(talk, rendered, data))
         assert "And this?" in trained
         assert "pad|>" not in trained
-    with pytest.raises(DataError, match="row 1: holds an image or a video, which training on text does not show"):
+    with pytest.raises(
+        DataError, match="row 1: holds an image or a video, and the model is loaded without its tower"
+    ):
         one(encoder, messages)
 
 

@@ -28,7 +28,7 @@ HISTORY = [
     {"step": 3, "loss": 1.0, "stream_tokens": 500, "seconds": 20.0}
     | {"held_out_loss": 2.75, "held_out_perplexity": 15.6426, "held_out_accuracy": 0.375},
 ]
-COUNTS = dict.fromkeys(("dropped", "truncated", "split", "untrained", "lost_tokens"), 0) | {
+COUNTS = dict.fromkeys(("dropped", "truncated", "split", "untrained", "lost_tokens", "vision_tokens"), 0) | {
     "window": None, "documents": 9, "tokens": 90, "supervised": 30, "stream_rows": 1, "fill": 0.9,
     "steps": 3, "held_out": 1, "skipped": (), "lost": (), "read_tokens": 90,
 }  # fmt: skip

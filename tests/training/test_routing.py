@@ -11,6 +11,7 @@ from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
 
 import qwenft as qf
 from qwenft.models.lora import require_reached
+from qwenft.plan.coverage import trained_weights
 from qwenft.training import prepare
 
 from .helpers import recipe
@@ -123,11 +124,12 @@ def test_an_adapter_that_reaches_something_else_is_refused(moe_checkpoint):
     """What peft built is compared with the plan, so that nothing is left out without a word."""
     prepared = prepared_with(moe_checkpoint, 0.0)
     loaded = qf.Recipe(qf.ModelSpec(moe_checkpoint)).compile().architecture
-    require_reached(prepared.model, loaded, LORA)
+    require_reached(prepared.model, trained_weights(loaded, LORA))
     with pytest.raises(
         qf.SpecError, match=r"has 33,936 parameters, and its plan 9,872: it does not reach what was meant"
     ):
-        require_reached(prepared.model, loaded, LORA.on("full_attention", "shared_expert", "router"))
+        others = LORA.on("full_attention", "shared_expert", "router")
+        require_reached(prepared.model, trained_weights(loaded, others))
 
 
 def test_a_run_whose_adapter_misses_something_does_not_begin(moe_checkpoint, monkeypatch):
