@@ -125,11 +125,11 @@ def test_an_adapter_that_reaches_something_else_is_refused(moe_checkpoint):
     prepared = prepared_with(moe_checkpoint, 0.0)
     loaded = qf.Recipe(qf.ModelSpec(moe_checkpoint)).compile().architecture
     require_reached(prepared.model, trained_weights(loaded, LORA))
+    others = trained_weights(loaded, LORA.on("full_attention", "shared_expert", "router"))
     with pytest.raises(
         qf.SpecError, match=r"has 33,936 parameters, and its plan 9,872: it does not reach what was meant"
     ):
-        others = LORA.on("full_attention", "shared_expert", "router")
-        require_reached(prepared.model, trained_weights(loaded, others))
+        require_reached(prepared.model, others)
 
 
 def test_a_run_whose_adapter_misses_something_does_not_begin(moe_checkpoint, monkeypatch):
