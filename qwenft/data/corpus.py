@@ -211,6 +211,9 @@ def _digests(documents: list[Document], part: str) -> dict[str, str]:
             digest.update(document.labels.tobytes())
             if document.weights is not None:
                 digest.update(document.weights.tobytes())
+            for medium in document.media:
+                for picture in medium.pictures:
+                    digest.update(picture.fingerprint)
         tokens = sum(map(len, of_file))
         digests[f"{part}{file}"] = f"{len(of_file):,} documents, {tokens:,} tokens, sha256 {digest.hexdigest()}"
     return digests

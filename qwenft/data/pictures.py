@@ -70,6 +70,13 @@ class Picture:
     width: int = attrs.field(eq=False)
     signature: tuple[int, int] | None = attrs.field(default=None, eq=False)
 
+    @property
+    def fingerprint(self) -> bytes:
+        """What tells it from another wherever it lies: name and size, of bytes and of the store a sha256."""
+        if isinstance(self.source, bytes):
+            return hashlib.sha256(self.source).digest()
+        return f"{self.source.name} {self.signature[0] if self.signature else ''}".encode()
+
     def open(self) -> Image.Image:
         """The decoded image, as it is shown, in RGB of 8 bits.
 

@@ -19,6 +19,7 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 import qwenft as qf
 from qwenft.data.cache import tokenised
 from qwenft.data.chat import ChatEncoder
+from qwenft.data.corpus import read_corpus
 from qwenft.data.masking import IGNORED
 from qwenft.data.media import load_media_encoder
 from qwenft.data.pictures import Pictures
@@ -336,6 +337,20 @@ def test_the_cache_needs_no_image_and_sees_one_that_changed(encoder, folder, mon
     assert changed.media[0].grid != first.media[0].grid
     larger = tokenised(data.with_images(folder, min_pixels=300 * 300), encoder).documents[0]
     assert larger.media[0].frame_tokens > changed.media[0].frame_tokens
+
+
+def test_other_images_are_other_data(encoder, folder):
+    """The digest that a run goes on by knows images by name and size, wherever and whenever they were written."""
+
+    def digest():
+        data = data_of([[user(named("0.png")), says("Yes.")]], folder).pack()
+        return read_corpus(data, qf.TrainingSpec(), encoder).digests
+
+    first = digest()
+    (folder / "0.png").touch()
+    assert digest() == first
+    PIL.Image.new("RGB", (64, 64), "red").save(folder / "0.png")
+    assert digest() != first
 
 
 @pytest.mark.parametrize("workers", [0, 2])

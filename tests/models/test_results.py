@@ -66,7 +66,34 @@ CASES = {
     "vision-in-full": ("dense", qf.AdapterSpec.lora(rank=4).train_fully("vision_merger")),
     "vision-full": ("moe", qf.AdapterSpec.full().freeze("vision", "vision_merger")),
 }
-LORA = [name for name, (_, adapter) in CASES.items() if adapter.kind == "lora"]
+#: Every kind goes through a fresh process in test_kinds.py; these go through all that is said of results too.
+LONG = {
+    "ranks",
+    "gaussian-alphas",
+    "orthogonal-layers",
+    "olora",
+    "pissa-dora",
+    "head-tokens",
+    "head-in-full",
+    "embeddings",
+    "embeddings-dora",
+    "norms",
+    "layers-full",
+    "frozen-head",
+    "moe-text",
+    "text",
+    "vision-in-full",
+    "vision-full",
+}
+
+
+def cases(names):
+    """Those of the names that take little time, and the others for the long suite."""
+    return [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in names]
+
+
+LORA = cases(name for name, (_, adapter) in CASES.items() if adapter.kind == "lora")
+FULL = cases(name for name, (_, adapter) in CASES.items() if adapter.kind == "full")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +116,7 @@ def sources(dense_checkpoint, moe_checkpoint, tmp_path_factory):
     return found
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+@pytest.fixture(scope="module", params=[*LORA, *FULL])
 def run(request, sources, tmp_path_factory):
     """A short run of each kind, in float32."""
     kind, adapter = CASES[request.param]
@@ -223,7 +250,7 @@ def test_an_export_that_reads_otherwise_is_refused(run, where, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("run", [name for name in CASES if name not in LORA], indirect=True)
+@pytest.mark.parametrize("run", FULL, indirect=True)
 def test_full_fine_tuning_leaves_a_whole_checkpoint(run):
     """A run without an adapter leaves a model folder instead."""
     assert run.adapter_path is None
