@@ -523,8 +523,7 @@ class TrainingPlan:
         from qwenft.data.chat import ChatEncoder
         from qwenft.data.media import load_media_encoder
 
-        loaded = self.draft.architecture
-        media = None if loaded.is_text_only else load_media_encoder(self._folder, loaded, self._tokenizer)
+        media = load_media_encoder(self._folder, self.draft.architecture, self._tokenizer)
         return ChatEncoder(self._tokenizer, media)
 
     @cached_property

@@ -81,7 +81,7 @@ class ChatEncoder:
 
     Args:
         tokenizer: transformers' tokenizer of the checkpoint, with its chat template.
-        media: of the checkpoint; None for a model that is loaded without its tower.
+        media: of the checkpoint; None for a model that is loaded without its tower, or has no image processor.
 
     Raises:
         DataError: the tokenizer has no chat template.
@@ -187,8 +187,10 @@ class ChatEncoder:
                     continue
                 if self.media is None:
                     raise row.error(
-                        "holds an image or a video, and the model is loaded without its tower",
-                        "recipe.with_model(vision=True), or leave the row out",
+                        "holds an image or a video, and the model is loaded without its tower, or has no image "
+                        "processor",
+                        "recipe.with_model(vision=True), preprocessor_config.json beside its weights, or leave "
+                        "the row out",
                     )
                 if not any(part.get(kind) is not None for kind in MEDIA) and apart:
                     part = {**part, part.get("type", "image"): apart.pop(0)}  # noqa: PLW2901 - the same part, whole

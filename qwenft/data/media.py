@@ -269,13 +269,16 @@ def _counted(kinds: list[str]) -> str:
     return " and ".join(count for count in counts if not count.startswith("0 ")) or "none"
 
 
-def load_media_encoder(folder: Path, loaded: Architecture, tokenizer: Any) -> MediaEncoder:
-    """The image processor of a checkpoint folder.
+def load_media_encoder(folder: Path, loaded: Architecture, tokenizer: Any) -> MediaEncoder | None:
+    """The image processor of a checkpoint folder; None where it has none, or the tower is not loaded.
 
     Raises:
-        DataError: there is none, or it cannot be loaded.
+        DataError: it cannot be loaded.
     """
     from transformers import AutoImageProcessor
+
+    if loaded.is_text_only or not (folder / "preprocessor_config.json").exists():
+        return None
 
     try:
         processor = AutoImageProcessor.from_pretrained(folder)

@@ -217,5 +217,4 @@ def describe(data: DataSpec, model: ModelSpec) -> Description:
 def _encoder(model: ModelSpec) -> ChatEncoder:
     folder, architecture = checkpoint_folder(model), architecture_of(model)
     tokenizer = load_tokenizer(folder)
-    seeing = not architecture.is_text_only and (folder / "preprocessor_config.json").exists()
-    return ChatEncoder(tokenizer, load_media_encoder(folder, architecture, tokenizer) if seeing else None)
+    return ChatEncoder(tokenizer, load_media_encoder(folder, architecture, tokenizer))
