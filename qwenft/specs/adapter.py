@@ -93,6 +93,11 @@ class AdapterSpec:
         "use_rslora": "rslora=True",
         "use_dora": "dora=True",
         "init_lora_weights": 'initialization="pissa"',
+        "modules_to_save": '.train_fully("lm_head")',
+        "layers_to_transform": ".with_layers(16, 17)",
+        "trainable_token_indices": ".train_tokens(248_077)",
+        "rank_pattern": ".with_rank(mlp=8)",
+        "alpha_pattern": ".with_alpha(mlp=16)",
     }
 
     kind: str = attrs.field(kw_only=True, validator=one_of(KINDS, "AdapterSpec.lora()"))

@@ -22,14 +22,14 @@ def spec(cls: S) -> S:
     """Make the constructor and the methods of a frozen attrs class refuse misspelt arguments by name."""
     for name, attribute in list(vars(cls).items()):
         if isinstance(attribute, classmethod):
-            setattr(cls, name, classmethod(_checked(attribute.__func__, f"{cls.__name__}.{name}")))
+            setattr(cls, name, classmethod(_checked(attribute.__func__, f"{cls.__name__}.{name}", cls)))
         elif inspect.isfunction(attribute) and not name.startswith("_"):
             setattr(cls, name, _checked(attribute, f"{cls.__name__}.{name}"))
     cls.__init__ = _checked(cls.__init__, cls.__name__, cls)  # type: ignore[misc]
     return cls
 
 
-def refuse_renamed(cls: type, names: Iterable[str]) -> None:
+def refuse_renamed(cls: type, names: Iterable[str], label: str | None = None) -> None:
     """Refuse arguments of other libraries and times that ``cls.RENAMED`` maps to what stands for them here.
 
     Raises:
@@ -40,8 +40,8 @@ def refuse_renamed(cls: type, names: Iterable[str]) -> None:
         if name in renamed:
             arguments = f"(...){renamed[name]}" if renamed[name].startswith(".") else f"({renamed[name]})"
             raise SpecError(
-                f"{cls.__name__} has no argument {name!r}: it is written {renamed[name]}",
-                fix=f"{cls.__name__}{arguments}",
+                f"{label or cls.__name__} has no argument {name!r}: it is written {renamed[name]}",
+                fix=f"{label or cls.__name__}{arguments}",
                 got=name,
                 expected=renamed[name],
             )
@@ -54,7 +54,7 @@ def _checked(function: Callable[..., Any], label: str, cls: type | None = None) 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if cls is not None:
-            refuse_renamed(cls, kwargs)
+            refuse_renamed(cls, kwargs, label)
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:

@@ -214,8 +214,8 @@ def test_backends_are_taken_as_objects_and_names():
             r"TrainingSpec has no argument 'lr': it is written learning_rate=2e-4\n  Fix: TrainingSpec\(learning_rate",
         ),
         (
-            lambda: AdapterSpec(kind="lora", lora_alpha=32),
-            r"AdapterSpec has no argument 'lora_alpha': it is written alpha=32\n  Fix: AdapterSpec\(alpha=32\)",
+            lambda: AdapterSpec.lora(lora_alpha=32),
+            r"AdapterSpec\.lora has no argument 'lora_alpha': it is written alpha=32\n  Fix: AdapterSpec\.lora\(alpha=",
         ),
         (lambda: ParallelSpec(processes=8), r"ParallelSpec has no argument 'processes'"),
         (
