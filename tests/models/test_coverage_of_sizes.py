@@ -54,7 +54,9 @@ def counted(architecture, model):
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "every role" else [pytest.mark.long]) for kind in ADAPTERS]
+)
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_coverage_of_an_adapter_is_what_is_built(name, kind):
     """Of each role as many parameters as peft builds for it, with the tower, in the class that is published."""

@@ -52,7 +52,7 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["vision", "moe-vision"])
+@pytest.fixture(scope="module", params=["vision", pytest.param("moe-vision", marks=pytest.mark.long)])
 def checkpoint(request, tmp_path_factory):
     """A tiny checkpoint with a processor, whose scan remembers."""
     return tiny_checkpoint(tmp_path_factory.mktemp(request.param) / "checkpoint", request.param, a_log=-3.0)
@@ -90,6 +90,7 @@ def stock_inputs(document, vision, config):
 
 
 @pytest.mark.usefixtures("without_fla")
+@pytest.mark.parametrize("checkpoint", ["vision", "moe-vision"], indirect=True)
 def test_packed_equals_stock_one_by_one(checkpoint, folder):
     """Logits, loss and the gradients of every parameter, of texts, images of all sizes and a video in one row."""
     prepared = plan_of(checkpoint, folder).prepare()
