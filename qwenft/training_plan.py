@@ -351,7 +351,8 @@ class TrainingPlan:
                 path=path,
             )
         adapter = None if self.draft.adapter.kind == "full" else stored_adapter(model)
-        exact = all(slot.backend.exact for slot in self.draft.slots)
+        # Frozen weights that the run rounded are in the export as they were.
+        exact = self.recipe.model.dtype == "float32" and all(slot.backend.exact for slot in self.draft.slots)
         return write_export(
             trained(model) if adapter is None else updates(adapter, checkpoint),
             self._folder,

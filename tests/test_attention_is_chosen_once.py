@@ -32,7 +32,7 @@ CHOOSING = {
 }
 # The plan resolves the spec; proofs and suites name the references that all else is compared with.
 RESOLVES = "training_plan.py"
-COMPARES = ("models/verify.py", "testing/conformance.py")
+COMPARES = ("models/verify.py", "models/probe.py", "testing/conformance.py")
 REFERENCES = {"EagerAttention", "ReferenceDeltaRule"}
 # A process of its own that runs stock transformers, and the arguments of others that a spec refuses.
 EXEMPT = {

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 
-from qwenft.backends.sdpa import SdpaAttention
-from qwenft.backends.torch import TorchDeltaRule
+from qwenft.backends.eager import EagerAttention
+from qwenft.backends.reference import ReferenceDeltaRule
 from qwenft.kernels.layout import SequenceLayout
 from qwenft.models.bind import bind, causal_of, decoder_of, hidden_states
 from qwenft.models.export import Part, updates
@@ -62,7 +62,7 @@ def logits_of_files(
         adapter: unmerged, through peft's own layers; merged into the head's rows alone.
     """
     weights = Weights(folder)
-    model = compute_in(bind(skeleton(folder, text), full=SdpaAttention(), linear=TorchDeltaRule()), "float32")
+    model = compute_in(bind(skeleton(folder, text), full=EagerAttention(), linear=ReferenceDeltaRule()), "float32")
     if adapter is not None:
         adapter = _of_text(adapter)
         config = lora_config(text, adapter.spec, adapter.trained_weights(text), str(folder))
