@@ -213,7 +213,11 @@ class MediaEncoder:
         """What the processor makes of images that are scaled to ``size`` = (height, width), in pixels."""
         exact = size[0] * size[1]
         # Scaled here, so that the grid is that which was planned; the processor finds nothing left to do.
-        scaled = [image.resize(size[::-1], self.processor.resample) for image in images]
+        width_height = size[::-1]
+        scaled = [
+            image if image.size == width_height else image.resize(width_height, self.processor.resample)
+            for image in images
+        ]
         found = self.processor(
             images=scaled, size={"shortest_edge": exact, "longest_edge": exact}, return_tensors="np"
         )
