@@ -332,8 +332,8 @@ def _leave_results(run: Run) -> None:
     try:
         run.plan.leave_results(run.prepared.model, run.folder)
     except CheckpointError as error:
-        fix = f"room on the disk, then the same train() again: every step is in {run.folder}/checkpoints"
-        raise CheckpointError(error.problem, fix=fix, path=error.path) from error
+        again = f"room on the disk, then the same train() again: every step is in {run.folder}/checkpoints"
+        raise CheckpointError(error.problem, fix=error.fix or again, path=error.path) from error
 
 
 def _all(*functions: Callable[[Any], Any] | None) -> Callable[[Any], None]:

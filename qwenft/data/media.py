@@ -82,10 +82,21 @@ class MediaEncoder:
         return {"processor": self.processor.to_dict(), "video": self._video_size}
 
     def limits(self, kind: str, *, least: int | None, most: int | None) -> tuple[int, int]:
-        """The fewest and the most pixels of an image, or of all frames of a video."""
+        """The fewest and the most pixels of an image, or of all frames of a video.
+
+        A bound that is asked for goes before the checkpoint's other one.
+
+        Raises:
+            PictureError: those that are asked for leave nothing.
+        """
         size = dict(self.processor.size) if kind == "image" else self._video_size
-        low, high = least or size["shortest_edge"], most or size["longest_edge"]
-        return min(low, high), high
+        if least is not None and most is not None and least > most:
+            msg = f"min_pixels = {least:,} are more than max_pixels = {most:,}"
+            raise PictureError(msg, f".with_images(min_pixels={most}, max_pixels={least})")
+        if least is not None:
+            return least, most or max(least, size["longest_edge"])
+        high = most or size["longest_edge"]
+        return min(size["shortest_edge"], high), high
 
     def measured(
         self, kind: Any, pictures: Sequence[Picture], limits: tuple[int, int], fps: float = FPS

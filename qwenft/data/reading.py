@@ -53,7 +53,10 @@ def read_ahead(
         DataError: an image is broken, or has changed since it was measured.
     """
     named = ([(one.file, one.row, one.media) for one in row] for row in rows)
-    options: dict[str, Any] = {"num_workers": workers, "prefetch_factor": _ROWS_AHEAD} if workers else {}
+    # A generator of its own: a loader draws a seed as it begins, and a run that goes on has to draw as it did.
+    options: dict[str, Any] = {"generator": torch.Generator()}
+    if workers:
+        options |= {"num_workers": workers, "prefetch_factor": _ROWS_AHEAD}
     loader = DataLoader(_Pixels(pixels), batch_size=None, sampler=_Once(named), collate_fn=_as_it_is, **options)
     for found in loader:
         if isinstance(found, dict):

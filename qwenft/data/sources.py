@@ -160,7 +160,7 @@ def _ignore(_: DataError) -> None:
 
 def _paths(pattern: str) -> list[Path]:
     """The file of this name, or else those that a glob matches."""
-    if not glob.has_magic(pattern) or glob.glob(glob.escape(pattern)):  # noqa: PTH207
+    if not glob.has_magic(pattern) or glob.glob(glob.escape(pattern)):  # noqa: PTH207 - as below
         return [Path(pattern)]
     paths = sorted(map(Path, glob.glob(pattern, recursive=True)))  # noqa: PTH207 - a pattern may be absolute
     if not paths:

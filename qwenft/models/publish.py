@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from qwenft.errors import CheckpointError
+from qwenft.models.adapter import CONFIG
 from qwenft.models.checkpoint import INDEX
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 _KINDS = (".safetensors", ".json", ".jinja", ".txt", ".md", ".png")
 _TERMS = ("LICENSE", "NOTICE")
-_ADAPTER_CONFIG = "adapter_config.json"
 #: What AutoTokenizer reads of a folder.
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -64,10 +64,10 @@ def files_of_adapter(folder: Path, base: Path, base_name: str) -> dict[str, Path
     """
     files = files_of_model(folder)
     files |= {name: base / name for name in _TOKENIZER_FILES if (base / name).is_file()}
-    config = json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if config["base_model_name_or_path"] != base_name:
         config["base_model_name_or_path"] = base_name
-        files[_ADAPTER_CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+        files[CONFIG] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     return files
 
 
@@ -160,7 +160,7 @@ _ID = 'an id such as "your-name/support-bot"'
 
 def _is_loaded(name: str) -> bool:
     """Whether loaders look for a file by its name, so that one of another model would be taken for this one's."""
-    return "/" not in name and (name.endswith(".safetensors") or name in {INDEX, _ADAPTER_CONFIG})
+    return "/" not in name and (name.endswith(".safetensors") or name in {INDEX, CONFIG})
 
 
 @contextmanager

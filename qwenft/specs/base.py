@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwenft.errors import SpecError, nearest
@@ -126,6 +127,11 @@ def number(
         )
 
     return Check(accepts, words + (" or None" if optional else ""), example)
+
+
+def path_text(value: Any) -> Any:
+    """A path as its string; what is neither is left for the validator."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def flag(example: str) -> Check:

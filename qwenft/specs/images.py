@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any
-
 import attrs
 
-from qwenft.specs.base import Check, spec, text, whole
-
-
-def _path(value: Any) -> Any:
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+from qwenft.specs.base import Check, path_text, spec, text, whole
 
 
 @spec
@@ -31,7 +24,7 @@ class ImageSpec:
     root: str | None = attrs.field(
         default=None,
         kw_only=True,
-        converter=_path,
+        converter=path_text,
         validator=text('.with_images(root="pictures")', optional=True),
     )
     min_pixels: int | None = attrs.field(

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import attrs
 
 from qwenft.errors import SpecError
-from qwenft.specs.base import Check, flag, one_of, spec, text
+from qwenft.specs.base import Check, flag, one_of, path_text, spec, text
 
 #: The formats of quantized weights.
 KINDS = ("nf4", "int8")
 DTYPES = ("bfloat16", "float32")
-
-
-def _path(source: Any) -> Any:
-    """A path as its string; what is neither is left for the validator."""
-    return os.fspath(source) if isinstance(source, os.PathLike) else source
 
 
 _DTYPE = Check(
@@ -76,7 +70,7 @@ class ModelSpec:
         "torch_dtype": 'dtype="bfloat16"',
     }
 
-    source: str = attrs.field(converter=_path, validator=text('ModelSpec("Qwen/Qwen3.5-4B")'))
+    source: str = attrs.field(converter=path_text, validator=text('ModelSpec("Qwen/Qwen3.5-4B")'))
     revision: str | None = attrs.field(
         default=None, kw_only=True, validator=text('ModelSpec(..., revision="main")', optional=True)
     )

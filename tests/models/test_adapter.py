@@ -72,8 +72,7 @@ def foreign(request, dense_checkpoint, moe_checkpoint, tmp_path_factory):
     """An adapter that stock peft made and saved, and its checkpoint."""
     checkpoint = moe_checkpoint if request.param == "experts" else dense_checkpoint
     folder = tmp_path_factory.mktemp(request.param) / "adapter"
-    with pytest.MonkeyPatch.context():
-        model = drawn(peft.get_peft_model(stock(checkpoint), peft.LoraConfig(**FOREIGN[request.param])))
+    model = drawn(peft.get_peft_model(stock(checkpoint), peft.LoraConfig(**FOREIGN[request.param])))
     model.save_pretrained(folder)
     return checkpoint, folder
 

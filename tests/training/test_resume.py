@@ -13,6 +13,7 @@ import sys
 import time
 
 import datasets
+import PIL.Image
 import pytest
 import torch
 
@@ -40,6 +41,49 @@ KINDS = {
         "master_weights": True,
     },
 }
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    """A checkpoint with a tower, and conversations about pictures."""
+    folder = tmp_path_factory.mktemp("seeing")
+    checkpoint = qf.testing.tiny_checkpoint(folder / "checkpoint", "vision")
+    rows = []
+    for number in range(8):
+        PIL.Image.new("RGB", (64, 32 * (1 + number % 3)), (30 * number, 200, 9)).save(folder / f"{number}.png")
+        content = [{"type": "image", "image": f"{number}.png"}, {"type": "text", "text": "What?"}]
+        rows.append(
+            {
+                "messages": [
+                    {"role": "user", "content": content},
+                    {"role": "assistant", "content": f"The {number}."},
+                ]
+            }
+        )
+    data = qf.DataSpec.messages(rows).with_images(folder, workers=0).with_max_length(64)
+    return qf.Recipe(
+        qf.ModelSpec(checkpoint).with_vision(),
+        data,
+        qf.AdapterSpec.lora(rank=4, dropout=0.2).on("full_attention", "vision"),
+        training=qf.TrainingSpec(learning_rate=1e-3, max_steps=6),
+    )
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_a_run_on_images_goes_on_to_the_bit(seeing, stop, tmp_path):
+    """Reading images draws no random number that dropout would then draw otherwise."""
+    whole = seeing.compile().train(tmp_path / "whole", progress=False)
+    prepared = seeing.compile().prepare()
+    left = prepared.remaining()
+    for _ in range(stop):
+        prepared.step(next(left)[1])
+    prepared.save(tmp_path / "checkpoint")
+    again = seeing.compile().prepare()
+    again.load(tmp_path / "checkpoint")
+    losses = [again.step(batches).loss for _, batches in again.remaining()]
+    assert losses == [record["loss"] for record in whole.history][stop:]
+    for name, parameter in again.trained.items():
+        assert torch.equal(parameter, whole.prepared.trained[name]), name
 
 
 @pytest.fixture
