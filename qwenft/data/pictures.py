@@ -153,7 +153,7 @@ class Pictures:
         if scheme != "https":
             raise PictureError(f"{name}: only https URLs are fetched", f"https://..., or a file: {_FOLDER}")
         if host not in self.hosts:
-            fix = f'.with_images(hosts=["{host}"]), or a file: {_FOLDER}'
+            fix = f'.with_images(hosts=("{host}",)), or a file: {_FOLDER}'
             raise PictureError(f"{name}: images are not fetched from {host!r}", fix)
         return _fetched(url, name)
 

@@ -174,6 +174,27 @@ def test_pixels_have_the_bounds_that_are_asked(encoder, folder):
     assert counts[1] <= 2 < counts[0] < counts[2]
 
 
+def test_a_bound_that_is_asked_goes_before_the_checkpoints(encoder, folder):
+    """A least above the checkpoint's most, and a most below its least, both hold; two that leave nothing are refused."""
+    size = encoder.media.processor.size
+    for options in ({"min_pixels": 2 * size["longest_edge"]}, {"max_pixels": size["shortest_edge"] * 3 // 4}):
+        (limit,) = options.values()
+        data = data_of([[user(named("1.png")), says("Yes.")]], folder, **options)
+        if "min_pixels" in options:
+            (document,) = encoded(encoder, data)
+            _, rows, columns = document.media[0].grid
+            assert rows * columns * 16**2 >= limit
+        assert (
+            encoder.media.limits("image", least=data.images.min_pixels, most=data.images.max_pixels)[
+                "max_pixels" in options
+            ]
+            == limit
+        )
+    both = data_of([[user(named("1.png")), says("Yes.")]], folder, min_pixels=5000, max_pixels=2000)
+    with pytest.raises(qf.DataError, match="min_pixels = 5,000 are more than max_pixels = 2,000"):
+        encoded(encoder, both)
+
+
 @pytest.mark.parametrize("overflow", ["drop", "truncate", "split", "resize", "error"])
 def test_no_policy_of_length_cuts_an_image(encoder, folder, overflow):
     """Whatever is left of a document that is too long holds whole images, each with its pixels."""

@@ -264,7 +264,7 @@ def test_urls_of_allowed_hosts_are_fetched(server):
 def test_other_hosts_are_not_asked(server):
     """Nothing is sent to a host that is not allowed, however the URL is written."""
     url = f"https://{server.host}/a.png"
-    assert f'hosts=["{server.host}"]' in refused(Pictures(), url, "are not fetched from").fix
+    assert f'hosts=("{server.host}",)' in refused(Pictures(), url, "are not fetched from").fix
     pictures = Pictures(hosts=("example.org",))
     for value in (url, f"https://example.org@{server.host}/a.png", f"https://{server.host}\\@example.org/a.png"):
         refused(pictures, value, "are not fetched from")
