@@ -77,6 +77,8 @@ class Prepared:
         self.device = device
         self.identity = identity
         self.mtp_weight = mtp_weight
+        if corpus.report.vision_tokens:
+            self._refuse_images()
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = build_optimizer(self.trained.items(), training, role_of)
         self.schedule = build_schedule(self.optimizer, training, corpus.report.steps)
@@ -158,6 +160,15 @@ class Prepared:
             total = total + auxiliary * batch.tokens * routing.load_balancing_loss(per_token)
         return Loss(total, batch.tokens, mtp)
 
+    def _refuse_images(self) -> None:
+        """Before the first step where images are known of; in a stream they may come later."""
+        if self.mtp_weight:
+            raise DataError(
+                "the multi-token-prediction layer is trained on text, and the data hold images",
+                fix="AdapterSpec.full() without .train_mtp()",
+                row=None,
+            )
+
     def _mtp_loss(self, batch: Batch, hidden_TC: torch.Tensor, *, method: str) -> Loss:
         """That of the token after next, with its graph: a sum over the tokens that have a trained one.
 
@@ -165,11 +176,7 @@ class Prepared:
             DataError: there are images, of which the layer would see the placeholders.
         """
         if batch.vision is not None:
-            raise DataError(
-                "the multi-token-prediction layer is trained on text, and this row holds images",
-                fix="AdapterSpec.full() without .train_mtp()",
-                row=None,
-            )
+            self._refuse_images()
         shifted = one_token_on(batch)
 
         def hidden(batch: Batch, wanted: torch.Tensor | None = None) -> torch.Tensor:

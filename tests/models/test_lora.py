@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from qwenft.kernels.lora import lora_product
-from qwenft.models.lora import LoraLinear, add_lora
+from qwenft.models.lora import add_lora
+from qwenft.models.lora_layers import LoraLinear
 from qwenft.models.precision import CastLinear
 
 ROWS = [(1, 8), (5, 8), (2, 7, 8)]
@@ -59,7 +60,9 @@ def random(*shape, seed=0):
 def count_products(monkeypatch):
     """How often the fused node is used."""
     calls = []
-    monkeypatch.setattr("qwenft.models.lora.lora_product", lambda *a: (calls.append(1), lora_product(*a))[1])
+    monkeypatch.setattr(
+        "qwenft.models.lora_layers.lora_product", lambda *a: (calls.append(1), lora_product(*a))[1]
+    )
     return calls
 
 
