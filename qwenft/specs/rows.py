@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
 import json
@@ -170,6 +169,8 @@ def _data_url(value: Any) -> str:
         value.save(encoded, format="PNG")
         value = encoded.getvalue()
     if isinstance(value, bytes | bytearray):
+        import base64
+
         return f"data:image/*;base64,{base64.b64encode(value).decode()}"
     msg = f"Object of type {type(value).__name__} is not JSON serializable"
     raise TypeError(msg)
