@@ -116,6 +116,12 @@ class Adapter:
                 path=folder,
             ) from None
         require_lora(config, str(folder))
+        if not shapes:
+            raise CheckpointError(
+                f"{folder}: its {TENSORS} holds no tensor: it would load as nothing",
+                fix="the adapter saved again",
+                path=folder,
+            )
 
         # Several experts are merged with tensors of the same pair.
         @lru_cache(maxsize=4)
@@ -191,10 +197,12 @@ class Adapter:
             if name == "lm_head.weight" and base.tied:
                 self._require_tied(how, tensors, grouped)
             elif name not in places:
-                where = "is another" if not base.is_text_only or ".visual." not in name else "has no vision tower"
+                is_tower = base.is_text_only and name.startswith("model.visual.")
+                why = "no tower is loaded" if is_tower else "its base is another"
+                own = f"its own base, {self.config.get('base_model_name_or_path')!r}"
                 raise self._error(
-                    f"it holds {next(iter(tensors.values()))}, and {base.name} has no {name}: its base {where}",
-                    fix=f"its own base, {self.config.get('base_model_name_or_path')!r}",
+                    f"it holds {next(iter(tensors.values()))}, and {base.name} has no {name}: {why}",
+                    fix=f"recipe.with_model(vision=True), or {own}" if is_tower else own,
                 )
             else:
                 found.append(self._checked(name, *places[name], how, tensors))

@@ -299,6 +299,29 @@ def test_an_adapter_that_is_not_of_this_base_is_refused(case, saved, dense_check
     assert before == {path: path.read_bytes() for path in (*folder.iterdir(), *dense_checkpoint.iterdir())}
 
 
+def test_an_adapter_of_the_tower_needs_the_tower(dense_checkpoint, tmp_path):
+    """Loaded for the text half alone, it is refused with the line that loads the tower; with it, it is trained on."""
+    config = peft.LoraConfig(r=2, target_modules=["attn.qkv", "q_proj"])
+    drawn(peft.get_peft_model(stock(dense_checkpoint), config)).save_pretrained(tmp_path / "adapter")
+    adapter = qf.AdapterSpec.load(tmp_path / "adapter")
+    with pytest.raises(qf.CheckpointError, match=r"(?s)no tower is loaded.*recipe\.with_model\(vision=True\)"):
+        recipe(dense_checkpoint, adapter).compile()
+    model = qf.ModelSpec(dense_checkpoint, dtype="float32", vision=True)
+    assert recipe(dense_checkpoint, adapter, model).compile().trained_parameters > 0
+
+
+def test_an_adapter_without_a_tensor_is_refused(dense_checkpoint, saved, tmp_path):
+    """It would load as nothing, and merge into an unchanged copy."""
+    folder = saved(tensors=lambda _: {})
+    for use in (
+        lambda: recipe(dense_checkpoint, qf.AdapterSpec.load(folder)).compile(),
+        lambda: qf.merge_adapter(folder, tmp_path / "merged", model=qf.ModelSpec(dense_checkpoint)),
+    ):
+        with pytest.raises(qf.CheckpointError, match="holds no tensor: it would load as nothing"):
+            use()
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_folder_that_is_no_adapter_is_refused(dense_checkpoint, saved):
     """Nothing there, no JSON, or a file that was cut."""
     for fill in (
