@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         NonFiniteError,
         PlanError,
         QwenftError,
+        RankError,
         SpecError,
     )
     from qwenft.machine import Machine
@@ -52,6 +53,7 @@ _HOMES = {
     "ParallelSpec": "qwenft.specs.parallel",
     "PlanError": "qwenft.errors",
     "QwenftError": "qwenft.errors",
+    "RankError": "qwenft.errors",
     "Recipe": "qwenft.recipe",
     "Run": "qwenft.run",
     "SpecError": "qwenft.errors",
@@ -78,6 +80,7 @@ __all__ = [
     "ParallelSpec",
     "PlanError",
     "QwenftError",
+    "RankError",
     "Recipe",
     "Run",
     "SpecError",

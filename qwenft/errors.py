@@ -76,5 +76,9 @@ class NonFiniteError(QwenftError, FloatingPointError):
     """A loss or a gradient is not finite: `.step`, `.loss`, `.grad_norm`, `.documents` ((file, row) pairs)."""
 
 
+class RankError(QwenftError, RuntimeError):
+    """One of several processes cannot go on, and so none does (`.rank`)."""
+
+
 class CheckpointError(QwenftError, OSError):
     """A model folder, run folder or export cannot be read or written (`.path`)."""

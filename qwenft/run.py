@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -23,23 +25,34 @@ if TYPE_CHECKING:
 RESUME = ("auto", "must", "never")
 
 
-@attrs.frozen(eq=False, repr=False)
+@attrs.define(eq=False, repr=False, slots=False)
 class Run:
     """A run that has ended.
 
     Args:
         folder: where it lies.
         plan: what it executed.
-        prepared: the trained model, its tokenizer and data; with ``keep_best``, as they were at the best step.
         history: a record a step, as in ``metrics.jsonl``.
         ending: "finished", "stopped early" (its patience ended) or "interrupted" (by Ctrl-C or a signal).
     """
 
     folder: Path
     plan: TrainingPlan
-    prepared: Prepared
     history: list[dict[str, Any]]
     ending: str
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """The trained model, its tokenizer and data; with ``keep_best``, as they were at the best step.
+
+        A run of other processes is loaded from its checkpoint when this is first asked for.
+        """
+        from qwenft.training.folder import RunFolder
+
+        prepared = self.plan.prepare()
+        checkpoints = RunFolder(self.folder).checkpoints
+        prepared.load_weights(checkpoints[self.best_step or max(checkpoints)])
+        return prepared
 
     @property
     def adapter_path(self) -> Path | None:
@@ -162,7 +175,7 @@ class Run:
                 was written does not compute what was merged.
             SpecError: no such base.
         """
-        return self.plan.export(self.prepared.model, Path(path), base)
+        return self.plan.export(self.prepared, Path(path), base)
 
     def card(
         self, repo_id: str = "your-name/your-model", *, merged: bool = False, revision: str | None = None
@@ -271,55 +284,118 @@ def train(
     from qwenft.training.allocator import return_freed_memory
 
     folder, prepared, history = _begin(plan, path, resume)
+    speaks = prepared.ranks.is_first
     with ExitStack() as stack:
         stack.callback(return_freed_memory)
-        shown = stack.enter_context(Progress(plan.data, plan.recipe.training, prepared.steps_done, shown=progress))
-        events = stack.enter_context(EventFile(path / "tensorboard", prepared.steps_done))
+        shown = stack.enter_context(
+            Progress(plan.data, plan.recipe.training, prepared.steps_done, shown=progress and speaks)
+        )
+        told: list[Any] = [shown]
+        if speaks:
+            told.append(stack.enter_context(EventFile(path / "tensorboard", prepared.steps_done)))
         listeners = loop.Listeners(
-            on_step=_all(shown.step, events.step, on_step),
-            on_evaluate=_all(shown.evaluation, events.evaluation, on_evaluate),
+            on_step=_all(*(one.step for one in told), on_step),
+            on_evaluate=_all(*(one.evaluation for one in told), on_evaluate),
             on_save=_all(on_save),
             on_notice=shown.notice,
         )
         ending = loop.train(prepared, folder, history, listeners, state_bytes=plan.state.total)
-    run = Run(path, plan, prepared, history, ending)
+    run = Run(path, plan, history, ending)
+    run.prepared = prepared
     if ending != loop.INTERRUPTED:
         _leave_results(run)
-    if on_end is not None:
+    if on_end is not None and speaks:
         on_end(run)
     return run
+
+
+def launch(
+    plan: TrainingPlan, path: Path, *, processes: int, resume: str, max_restarts: int, progress: bool
+) -> Run:
+    """Train in other processes; see :meth:`qwenft.TrainingPlan.launch`."""
+    from qwenft.reports.live import Progress
+    from qwenft.training import loop
+    from qwenft.training.folder import RunFolder
+    from qwenft.training.launch import launch as launch_processes
+
+    plan.require_runnable()
+    plan = plan.for_processes(processes)
+    folder = RunFolder(path)
+    _continues(folder, resume)
+    with TemporaryDirectory(prefix="qwenft-") as place:
+        recipe = plan.recipe.save(Path(place) / "recipe.json")
+        done = max(folder.checkpoints, default=0)
+        # Their tokens are read by all of them, and by none anew.
+        with Progress(plan.data, plan.recipe.training, done, shown=progress) as shown:
+
+            def on_record(record: dict[str, Any]) -> None:
+                if "evaluation_seconds" in record:
+                    shown.evaluation(record)
+                if "loss" in record:
+                    shown.step(record)
+
+            modules = [f"--allow-module={module}" for module in plan.modules]
+            launch_processes(
+                ["train", str(recipe), f"--run-dir={path}", f"--resume={resume}", *modules],
+                processes=processes,
+                max_restarts=max_restarts,
+                metrics=folder.metrics,
+                on_record=on_record,
+            )
+    history = [json.loads(line) for line in folder.metrics.read_text("utf-8").splitlines()]
+    ended = (path / "adapter").exists() or (path / "model").exists()
+    is_early = ended and history[-1]["step"] < plan.data.steps
+    ending = loop.STOPPED_EARLY if is_early else loop.FINISHED if ended else loop.INTERRUPTED
+    return Run(path, plan.for_processes(1), history, ending)
 
 
 def _begin(plan: TrainingPlan, path: Path, resume: str) -> tuple[RunFolder, Prepared, list[dict[str, Any]]]:
     """The folder, the prepared model and the history of a run, where it stands."""
     from qwenft.training.checkpoint import require_same
-    from qwenft.training.folder import RunFolder, removed_on_error, require_free
+    from qwenft.training.folder import RunFolder
 
     if resume not in RESUME:
         problem = f"train(resume={resume!r}): expected one of {', '.join(RESUME)}{nearest(str(resume), RESUME)}"
         raise SpecError(problem, fix='resume="auto"', got=resume, expected=RESUME)
-    folder = RunFolder(path)
-    continues = resume != "never" and folder.is_claimed
-    if resume == "must" and not folder.checkpoints:
-        raise CheckpointError(f"{path} holds no checkpoint to continue from", fix='resume="auto"', path=path)
-    if not continues:
-        require_free(path)
+    ranks, folder = plan.ranks, RunFolder(path)
+    continues = ranks.by_first(lambda: _continues(folder, resume))
     plan.require_runnable()
+    _ = plan.data
+    ranks.require_equal(plan.identity, "trains something else")
     if continues:
         fix = f'the recipe of the run, Recipe.load("{path}/recipe.json"), or another folder, "{path}-2" say'
-        require_same(folder.identity, plan.identity, subject="recipe", fix=fix, path=path)
-    _ = plan.data
-    plan.verify()
+        ranks.together(lambda: require_same(folder.identity, plan.identity, subject="recipe", fix=fix, path=path))
+    ranks.together(plan.verify)
     with ExitStack() as stack:
-        if not continues:
-            folder = RunFolder.claim(path, {"plan.json": plan.summary()})
-            stack.enter_context(removed_on_error(path))
-        if plan.is_saved_whole:
-            plan.recipe.save(path / "recipe.json")
+        ranks.by_first(lambda: _claim(plan, folder, stack, is_new=not continues))
         prepared = plan.prepare()
         if folder.checkpoints:
             prepared.load(next(reversed(folder.checkpoints.values())))
-    return folder, prepared, folder.rewind(prepared.steps_done)
+    return folder, prepared, ranks.by_first(lambda: folder.rewind(prepared.steps_done))
+
+
+def _continues(folder: RunFolder, resume: str) -> bool:
+    """Whether a run goes on, and does not begin; the place allows what is asked."""
+    from qwenft.training.folder import require_free
+
+    path = folder.path
+    if resume == "must" and not folder.checkpoints:
+        raise CheckpointError(f"{path} holds no checkpoint to continue from", fix='resume="auto"', path=path)
+    if resume != "never" and folder.is_claimed:
+        return True
+    require_free(path)
+    return False
+
+
+def _claim(plan: TrainingPlan, folder: RunFolder, stack: ExitStack, *, is_new: bool) -> None:
+    """Make the folder of a new run, which is gone again where what follows in ``stack`` fails."""
+    from qwenft.training.folder import removed_on_error
+
+    if is_new:
+        folder.claim(folder.path, {"plan.json": plan.summary()})
+        stack.enter_context(removed_on_error(folder.path))
+    if plan.is_saved_whole:
+        plan.recipe.save(folder.path / "recipe.json")
 
 
 def _leave_results(run: Run) -> None:
@@ -328,9 +404,9 @@ def _leave_results(run: Run) -> None:
 
     best = run.best_step
     if best is not None and best != run.prepared.steps_done:
-        run.prepared.load(RunFolder(run.folder).checkpoint(best))
+        run.prepared.load_weights(RunFolder(run.folder).checkpoint(best))
     try:
-        run.plan.leave_results(run.prepared.model, run.folder)
+        run.plan.leave_results(run.prepared, run.folder)
     except CheckpointError as error:
         again = f"room on the disk, then the same train() again: every step is in {run.folder}/checkpoints"
         raise CheckpointError(error.problem, fix=error.fix or again, path=error.path) from error

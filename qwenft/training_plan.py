@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from qwenft.plan.rules.run import unsaved
 from qwenft.plan.storage import Storage, StorageRow, storage_rows
 from qwenft.specs.codec import Codec
 from qwenft.specs.data import DataSpec
+from qwenft.specs.parallel import ParallelSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,8 +44,13 @@ if TYPE_CHECKING:
     from qwenft.training.engine import Prepared
 
 
-def compile_recipe(recipe: Recipe, machine: Machine | None, *, strict: bool) -> TrainingPlan:
-    """Check a recipe and plan it; see :meth:`qwenft.Recipe.compile`."""
+def compile_recipe(
+    recipe: Recipe, machine: Machine | None, *, strict: bool, ranks: int | None = None
+) -> TrainingPlan:
+    """Check a recipe and plan it; see :meth:`qwenft.Recipe.compile`.
+
+    ``ranks`` is the number of processes that are going to be started; where None, that of those that are.
+    """
     here = Machine.detect()
     machine = machine or here
     checkpoint = architecture_of(recipe.model)
@@ -63,6 +70,8 @@ def compile_recipe(recipe: Recipe, machine: Machine | None, *, strict: bool) -> 
         trained=trained_weights(loaded, asked) if begun is None else begun.trained_weights(loaded),
         attention=recipe.attention,
         training=recipe.training,
+        parallel=recipe.parallel,
+        ranks=ranks or _ranks(recipe, machine, here=machine == here),
         checkpoint=checkpoint,
         architecture=loaded,
         storage=storage_of(recipe.model, loaded),
@@ -79,6 +88,13 @@ def compile_recipe(recipe: Recipe, machine: Machine | None, *, strict: bool) -> 
     if strict and errors:
         raise PlanError(errors)
     return plan
+
+
+def _ranks(recipe: Recipe, machine: Machine, *, here: bool) -> int:
+    """The processes that a plan is for: those that were started, or one for each card of another machine."""
+    if here:
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    return 1 if recipe.parallel.kind == "single" else max(1, machine.accelerators)
 
 
 def _data_problems(data: DataSpec | None) -> list[Finding]:
@@ -181,9 +197,12 @@ class TrainingPlan:
 
     @property
     def state(self) -> StateBytes:
-        """The bytes of weights, gradients and optimizer."""
+        """The bytes of weights, gradients and optimizer, in each process."""
         draft = self.draft
-        return state_bytes(draft.architecture, draft.trained, draft.training, draft.storage)
+        shards = draft.ranks if draft.parallel.kind == "fsdp2" else 1
+        if draft.parallel.hybrid:
+            shards = int(os.environ.get("LOCAL_WORLD_SIZE", shards))
+        return state_bytes(draft.architecture, draft.trained, draft.training, draft.storage, shards=shards)
 
     @property
     def storage(self) -> tuple[StorageRow, ...]:
@@ -260,6 +279,8 @@ class TrainingPlan:
             compute_dtype=self.draft.compute_dtype,
             device=self.machine.device,
             source=self.recipe.model.source,
+            parallel=self.recipe.parallel,
+            ranks=self.ranks,
         )
         return Prepared(
             model,
@@ -270,7 +291,19 @@ class TrainingPlan:
             role_of=lambda name: role_of(self.draft.architecture, base_name(name)),
             mtp_weight=self.recipe.adapter.mtp_weight,
             identity=self.identity,
+            ranks=self.ranks,
         )
+
+    @cached_property
+    def ranks(self) -> Any:
+        """The processes of the run, met at first use.
+
+        Raises:
+            RankError: they cannot be reached, or run other versions of libraries.
+        """
+        from qwenft.training.ranks import Ranks
+
+        return Ranks() if self.draft.ranks == 1 else Ranks.join(device=self.machine.device)
 
     def train(
         self,
@@ -321,6 +354,47 @@ class TrainingPlan:
             on_end=on_end,
         )
 
+    def launch(
+        self,
+        run_dir: str | os.PathLike[str],
+        processes: int | None = None,
+        *,
+        resume: str = "auto",
+        max_restarts: int = 0,
+        progress: bool = True,
+    ) -> Run:
+        """Train in several processes on this machine; a notebook needs nothing else.
+
+        They are what ``torchrun -m qwenft train`` starts, which for several machines has options of its own. Where
+        one of them fails, all are ended.
+
+        Args:
+            run_dir: as for :meth:`train`.
+            processes: how many; one for each GPU where None.
+            resume: as for :meth:`train`.
+            max_restarts: how often all are started again after a failure; they go on from the last checkpoint.
+            progress: show a line of progress.
+
+        Returns:
+            The run; its model is loaded into this process when it is first asked for something.
+
+        Raises:
+            PlanError: something blocks the run here, or the recipe shares nothing out.
+            SpecError: the recipe holds a backend or a loss that other processes could not find.
+            DataError: the data are wrong.
+            RankError: a process failed; its traceback is in `.traceback`.
+        """
+        from qwenft.run import launch
+
+        return launch(
+            self,
+            Path(run_dir),
+            processes=processes or max(1, self.machine.accelerators),
+            resume=resume,
+            max_restarts=max_restarts,
+            progress=progress,
+        )
+
     def evaluate(self, prepared: Prepared, data: DataSpec | None) -> dict[str, float]:
         """How a prepared model predicts; see :meth:`qwenft.run.Run.evaluate`."""
         from qwenft.data.corpus import read_corpus
@@ -334,12 +408,14 @@ class TrainingPlan:
         found = prepared.evaluate(stream)
         return {"loss": found.loss, "perplexity": found.perplexity, "accuracy": found.accuracy}
 
-    def export(self, model: Any, path: Path, base: str = "checkpoint") -> Path:
+    def export(self, prepared: Prepared, path: Path, base: str = "checkpoint") -> Path:
         """Write the merged checkpoint; see :meth:`qwenft.run.Run.export`."""
         from qwenft.merging import write_export
-        from qwenft.models.export import dequantized, trained, updates
+        from qwenft.models.export import dequantized, updates
         from qwenft.models.lora import stored_adapter
+        from qwenft.models.probe import probe_ids
 
+        model = prepared.model
         checkpoint, storage, bases = self.draft.checkpoint, self.draft.storage, ("checkpoint", "dequantized")
         if base not in bases:
             problem = f"export(base={base!r}): expected one of {', '.join(bases)}{nearest(base, bases)}"
@@ -350,19 +426,35 @@ class TrainingPlan:
                 fix='export(path, base="dequantized"), or a run from the checkpoint that it was made of',
                 path=path,
             )
+        if base == "dequantized" and self.ranks.count > 1:
+            raise CheckpointError(
+                f"the quantized weights of {self._folder} are shared out over {self.ranks.count} processes",
+                fix="the same in one process, of the finished run",
+                path=path,
+            )
         adapter = None if self.draft.adapter.kind == "full" else stored_adapter(model)
+        # All processes have to take part in these, and one in what follows.
+        logits = prepared.logits_of(probe_ids(checkpoint.text_only(), adapter))
         # Frozen weights that the run rounded are in the export as they were.
         exact = self.recipe.model.dtype == "float32" and all(slot.backend.exact for slot in self.draft.slots)
-        return write_export(
-            trained(model) if adapter is None else updates(adapter, checkpoint),
-            self._folder,
-            path,
-            checkpoint,
-            adapter=adapter,
-            computed=dequantized(model) if base == "dequantized" else {},
-            run=model,
-            exact=exact and self.draft.compute_dtype == "float32",
-        )
+        with ExitStack() as stack:
+            if adapter is None:
+                learned = stack.enter_context(prepared.trained_weights(path))
+            else:
+                learned = updates(adapter, checkpoint)
+            self.ranks.by_first(
+                lambda: write_export(
+                    learned,
+                    self._folder,
+                    path,
+                    checkpoint,
+                    adapter=adapter,
+                    computed=dequantized(model) if base == "dequantized" else {},
+                    run=lambda _: logits,
+                    exact=exact and self.draft.compute_dtype == "float32",
+                )
+            )
+        return path
 
     def save_quantized(self, path: str | os.PathLike[str]) -> ModelSpec:
         """Write the whole checkpoint with its weights quantized: runs start from it without the original.
@@ -417,17 +509,16 @@ class TrainingPlan:
 
         return render_plan(self)
 
-    def leave_results(self, model: Any, folder: Path) -> None:
+    def leave_results(self, prepared: Prepared, folder: Path) -> None:
         """Write what was learned into a run's folder, where it is not yet: the adapter, or the whole model."""
-        if self.recipe.adapter.kind == "full":
-            if not (folder / "model").exists():
-                self.export(model, folder / "model")
-        elif not (folder / "adapter").exists():
-            self.save_adapter(model, folder / "adapter")
+        is_full = self.recipe.adapter.kind == "full"
+        place = folder / ("model" if is_full else "adapter")
+        if not self.ranks.by_first(place.exists):
+            self.export(prepared, place) if is_full else self.save_adapter(prepared.model, place)
 
     def save_adapter(self, model: Any, path: Path, *, text_only_names: bool = False) -> Path:
         """Write a model's adapter; see :meth:`qwenft.run.Run.save_adapter`."""
-        from qwenft.models.lora import save_adapter
+        from qwenft.models.lora import adapter_of, write_adapter
         from qwenft.training.folder import new_folder
 
         self._require_adapter()
@@ -437,8 +528,14 @@ class TrainingPlan:
                 fix="save_adapter(path)",
                 got=text_only_names,
             )
-        with new_folder(path) as folder:
-            save_adapter(model, folder, text_only_names=text_only_names or self.draft.checkpoint.is_text_only)
+        text_only_names = text_only_names or self.draft.checkpoint.is_text_only
+        config, tensors = adapter_of(model, text_only_names=text_only_names)
+
+        def write() -> None:
+            with new_folder(path) as folder:
+                write_adapter(config, tensors, folder)
+
+        self.ranks.by_first(write)
         return path
 
     def load_adapter(self, model: Any, path: Path, name: str) -> None:
@@ -486,6 +583,19 @@ class TrainingPlan:
         if hindrances:
             raise PlanError(hindrances, subject="before this can run")
 
+    def for_processes(self, count: int) -> TrainingPlan:
+        """The same recipe planned for so many processes on this machine; for one, nothing of it is shared out."""
+        recipe = self.recipe if count > 1 else self.recipe.with_parallel(ParallelSpec.single())
+        return compile_recipe(recipe, None, strict=True, ranks=count)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules outside the package that the recipe names classes or functions of."""
+        named = [type(slot.backend) for slot in self.draft.slots]
+        loss = self.recipe.training.loss
+        found = {one.__module__ for one in (*named, *(() if isinstance(loss, str) else (loss,)))}
+        return tuple(sorted(module for module in found if not module.startswith("qwenft.")))
+
     @property
     def is_saved_whole(self) -> bool:
         """Whether a saved recipe can be loaded again: nothing in it is defined where it could not be found."""
@@ -495,13 +605,14 @@ class TrainingPlan:
     def identity(self) -> dict[str, Any]:
         """JSON values of all that a run's result depends on: the recipe, the base's weights, the tokenised data.
 
-        How often it is saved, and how many checkpoints are kept, is not among them.
+        How often it is saved, how many checkpoints are kept, and what processes share, is not among them.
         """
         from qwenft.models.checkpoint import file_digest, weight_digests
 
         recipe = Codec(folder=None).dump(self.recipe)
         for name in ("save_every", "keep_checkpoints"):
             del recipe["training"][name]
+        del recipe["parallel"]
         values = {"recipe": recipe, "weights": weight_digests(self._folder), "data": self._corpus.digests}
         if self.recipe.adapter.path is not None:
             values["adapter"] = {TENSORS: file_digest(Path(self.recipe.adapter.path) / TENSORS)}
@@ -533,4 +644,9 @@ class TrainingPlan:
 
         self.require_runnable()
         assert self.recipe.data is not None
-        return read_corpus(self.recipe.data, self.recipe.training, self.encoder)
+        ranks = self.ranks
+        return ranks.first_then_others(
+            lambda: read_corpus(
+                self.recipe.data, self.recipe.training, self.encoder, rank=ranks.rank, ranks=self.draft.ranks
+            )
+        )

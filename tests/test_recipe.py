@@ -120,6 +120,10 @@ CHANGED = {
     "training.sample_tokens": PLAIN.with_training(sample_tokens=9),
     "training.save_every": PLAIN.with_training(save_every=7),
     "training.keep_checkpoints": PLAIN.with_training(keep_checkpoints=5),
+    "parallel.kind": PLAIN.with_parallel(ParallelSpec.fsdp2()),
+    "parallel.offload": PLAIN.with_parallel(ParallelSpec.fsdp2(offload="cpu")),
+    "parallel.reshard_after_forward": PLAIN.with_parallel(ParallelSpec.fsdp2(reshard_after_forward=False)),
+    "parallel.hybrid": PLAIN.with_parallel(ParallelSpec.fsdp2(hybrid=True)),
 }
 ONE_VALUE = {"data.format"}
 RECIPES = {

@@ -43,14 +43,24 @@ class Corpus:
 _STEPS = 16  # of the histogram of lengths
 
 
-def read_corpus(data: DataSpec, training: TrainingSpec, encoder: ChatEncoder) -> Corpus:
+def read_corpus(
+    data: DataSpec, training: TrainingSpec, encoder: ChatEncoder, *, rank: int = 0, ranks: int = 1
+) -> Corpus:
     """Tokenise a source, apply its length policy, hold some out, and count; of streamed data the first window.
 
+    Args:
+        data: what is read.
+        training: the steps.
+        encoder: of the checkpoint.
+        rank: of the process whose micro-batches are made.
+        ranks: how many processes share a step.
+
     Raises:
-        DataError: a row is wrong, too long under the policy "error", or no token of the data is trained.
+        DataError: a row is wrong, too long under the policy "error", or no token of the data is trained; or there
+            are fewer documents than processes.
     """
     counts = Counts()
-    options = _options(data, training) | _reading(data, encoder)
+    options = _options(data, training) | _reading(data, encoder) | {"rank": rank, "ranks": ranks}
     streamed = None if data.window is None else IterableStream(data, encoder, **options)
     documents = _fitting(data, encoder, counts) if streamed is None else streamed.first(counts)
     _require_supervision(documents, data, "data")
@@ -62,6 +72,7 @@ def read_corpus(data: DataSpec, training: TrainingSpec, encoder: ChatEncoder) ->
         _require_supervision(held_out, data.held_out, "held-out data")
     elif data.held_out is not None:
         documents, held_out = _split(documents, data.held_out, training.seed)
+    _require_shared(documents, ranks)
     train = MapStream(documents, **options)
     rows = train.rows()
     steps = [train.step_count(epoch) for epoch in range(training.epochs or 1)]
@@ -95,7 +106,8 @@ def read_corpus(data: DataSpec, training: TrainingSpec, encoder: ChatEncoder) ->
     )
     _require_reached(report.steps, training)
     other = data.held_out if isinstance(data.held_out, DataSpec) else data
-    evaluated = MapStream(held_out, **_options(other, training), **_reading(other, encoder)) if held_out else None
+    options = _options(other, training) | _reading(other, encoder) | {"rank": rank, "ranks": ranks}
+    evaluated = MapStream(held_out, **options) if held_out else None
     # Of a stream only its beginning is known; its places tell what was read since.
     digests = {**_digests(documents, ""), **_digests(held_out, "held out, ")}
     return Corpus(streamed or train, evaluated, report, digests)
@@ -172,6 +184,16 @@ def _require_supervision(documents: list[Document], data: DataSpec, what: str) -
         raise DataError(
             f"no token of the {what} is trained ({where}): every row is too long or has no assistant turn",
             fix="conversations with assistant turns, or a larger .with_max_length(n)",
+            file=None,
+            row=None,
+        )
+
+
+def _require_shared(documents: list[Document], ranks: int) -> None:
+    if len(documents) < ranks:
+        raise DataError(
+            f"{len(documents)} documents cannot be shared out over {ranks} processes",
+            fix=f"{len(documents)} processes at the most, or more data",
             file=None,
             row=None,
         )

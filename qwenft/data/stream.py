@@ -86,6 +86,23 @@ class VisionInputs:
             position_ids=torch.from_numpy(np.concatenate(positions, axis=1)),
         )
 
+    @classmethod
+    def blank(cls, layout: SequenceLayout, tower: Any) -> VisionInputs:
+        """A black image of which no token takes the features: it goes through the tower, and nothing sees it.
+
+        Args:
+            layout: of the row.
+            tower: the config of the tower.
+        """
+        side = tower.spatial_merge_size
+        values = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
+        return cls(
+            pixel_values=torch.zeros(side**2, values, device=layout.device),
+            grid_thw=torch.tensor([[1, side, side]]),
+            places=torch.empty(0, dtype=torch.int64, device=layout.device),
+            position_ids=layout.position_ids.expand(3, -1),
+        )
+
     def to(self, device: torch.device | str) -> VisionInputs:
         """The same on ``device``; grids are read on the host."""
         tensors = (self.pixel_values, self.places, self.position_ids)
@@ -123,6 +140,7 @@ class Batch:
         documents: (file, row) of each document.
         following: where the stream goes on behind the step that this is part of; None where it is of no stream.
         vision: its images and videos; None where it has none.
+        waits: it is another rank's, and here but for the collectives that all take part in.
     """
 
     input_ids: torch.Tensor
@@ -132,6 +150,7 @@ class Batch:
     documents: tuple[tuple[str, int], ...] = ()
     following: Place | None = None
     vision: VisionInputs | None = None
+    waits: bool = False
 
     @classmethod
     def from_documents(cls, documents: Sequence[Document], pixels: Sequence[torch.Tensor] = ()) -> Batch:
@@ -156,9 +175,9 @@ class Batch:
             vision=None if self.vision is None else self.vision.to(device),
         )
 
-    def untrained(self) -> Batch:
-        """The same micro-batch with no token of it trained."""
-        return attrs.evolve(self, labels=torch.full_like(self.labels, IGNORED))
+    def waiting(self) -> Batch:
+        """The same micro-batch where another rank trains on it: no token of it is trained."""
+        return attrs.evolve(self, labels=torch.full_like(self.labels, IGNORED), waits=True)
 
     def split(self) -> list[Batch]:
         """A micro-batch for each of its documents."""
@@ -263,20 +282,36 @@ class Stream(ABC):
     def batches(self, place: Place = Place()) -> Iterator[list[Batch]]:
         """This rank's micro-batches of every step of the place's epoch from there on.
 
-        All ranks have as many in a step: one that is left without a row takes the step's first, untrained.
+        All ranks have as many in a step, and at a time rows of about as many tokens; one that is left without a
+        row takes the step's shortest, untrained.
         """
         steps, ahead = itertools.tee(self.steps(place))
-        batches = self.loaded(row for _, step in ahead for row in self._mine(step))
+        batches = self.loaded(row for _, step in ahead for row, _ in self._mine(step))
         for following, step in steps:
-            mine = list(itertools.islice(batches, len(self._mine(step))))
-            if len(step[self.rank :: self.ranks]) < len(mine):
-                mine[-1] = mine[-1].untrained()
-            yield [attrs.evolve(batch, following=following) for batch in mine]
+            mine = self._mine(step)
+            loaded = itertools.islice(batches, len(mine))
+            yield [
+                attrs.evolve(batch if is_own else batch.waiting(), following=following)
+                for batch, (_, is_own) in zip(loaded, mine, strict=True)
+            ]
 
-    def _mine(self, step: list[list[Document]]) -> list[list[Document]]:
-        """The rows of a step that are this rank's; as many as any rank has."""
-        mine = step[self.rank :: self.ranks]
-        return mine if len(mine) == -(-len(step) // self.ranks) else [*mine, step[0]]
+    def evaluated(self) -> Iterator[Batch]:
+        """This rank's micro-batches of all documents, once each; of all ranks as many."""
+        rows = (row for _, row in self.rows_from(Place()))
+        steps = iter(lambda: list(itertools.islice(rows, self.ranks)), [])
+        mine, ahead = itertools.tee(pair for step in steps for pair in self._mine(step))
+        for batch, (_, is_own) in zip(self.loaded(row for row, _ in ahead), mine, strict=True):
+            yield batch if is_own else batch.waiting()
+
+    def _mine(self, step: list[list[Document]]) -> list[tuple[list[Document], bool]]:
+        """The rows of a step that are this rank's, as many as any rank has, and whether each is so but to wait."""
+        if self.ranks == 1:
+            return [(row, True) for row in step]
+        # The layers of all ranks wait for each other, and so their rows are to be alike.
+        longest_first = sorted(step, key=lambda row: -sum(map(len, row)))
+        missing = -len(step) % self.ranks
+        rows = [(row, True) for row in longest_first] + missing * [(longest_first[-1], False)]
+        return rows[self.rank :: self.ranks]
 
     def loaded(self, rows: Iterable[list[Document]]) -> Iterator[Batch]:
         """A micro-batch of each row, whose images and videos are read ahead.

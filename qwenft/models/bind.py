@@ -372,7 +372,7 @@ def hidden_states(
             embeddings = embeddings + neftune_noise(embeddings, layout, neftune_alpha)
         if vision is not None:
             features = vision_features(model, vision).to(embeddings.dtype)
-            embeddings = embeddings.index_copy(1, vision.places, features[None])
+            embeddings = embeddings.index_copy(1, vision.places, features[None, : len(vision.places)])
             # Four rows, the first of places in the text: three of them make transformers build a T x T mask.
             arguments["position_ids"] = torch.cat([layout.position_ids[None], vision.position_ids])[:, None]
         arguments["inputs_embeds"] = embeddings

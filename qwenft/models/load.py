@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import torch
 import transformers
 from accelerate import init_empty_weights
@@ -17,10 +18,11 @@ from qwenft.errors import CheckpointError
 from qwenft.family.inventory import inventory
 from qwenft.models.bind import decoder_of
 from qwenft.models.mtp import MultiTokenPrediction
-from qwenft.models.quantize import put_quantized, read_quantized
+from qwenft.models.quantize import put_quantized, quantized_on_meta, read_quantized
 from qwenft.models.weights import Weights, checked, require_whole
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from qwenft.family.architectures import Architecture
@@ -65,18 +67,47 @@ def load_model(
     Raises:
         CheckpointError: a file is damaged, or lacks weights that the model has.
     """
-    weights = Weights(folder)
-    require_whole(weights, loaded)
+    source = WeightSource.of_folder(folder, loaded, storage)
+    model = skeleton(folder, loaded)
+    for name, weight in source.weights.items():
+        where = "cpu" if embeddings_on_host and weight.role == "embeddings" else device
+        _put(model, name, source.read(name, where))
+    return _finished(model, loaded, storage, device)
+
+
+def model_on_meta(folder: Path, loaded: Architecture, *, storage: Storage, device: str = "cpu") -> Any:
+    """The model as :func:`load_model` would give it, with all its weights on the meta device still.
+
+    Args:
+        folder: the checkpoint, of which the config alone is read.
+        loaded: the part of it to load.
+        storage: dtypes, and what is quantized.
+        device: "cpu" or "cuda", of its rotary tables.
+    """
     model = skeleton(folder, loaded)
     for weight in inventory(loaded):
-        where = "cpu" if embeddings_on_host and weight.role == "embeddings" else device
         for name in weight.names(text_only=loaded.is_text_only):
             if storage.is_quantized(weight, name):
-                put_quantized(model, name, read_quantized(weights, weight, name, storage, where))
+                _put(model, name, quantized_on_meta(weight.shape, storage))
             else:
-                held = _read(weights, weight, name, getattr(torch, storage.dtype_of(weight)), where)
-                path, _, parameter = name.rpartition(".")
-                setattr(model.get_submodule(path), parameter, torch.nn.Parameter(held))
+                _put(
+                    model,
+                    name,
+                    torch.empty(weight.shape, dtype=getattr(torch, storage.dtype_of(weight)), device="meta"),
+                )
+    return _finished(model, loaded, storage, device)
+
+
+def _put(model: Any, name: str, held: torch.Tensor) -> None:
+    """Give a model a parameter, quantized or not."""
+    if isinstance(held, torch.nn.Parameter):
+        put_quantized(model, name, held)
+        return
+    path, _, parameter = name.rpartition(".")
+    setattr(model.get_submodule(path), parameter, torch.nn.Parameter(held))
+
+
+def _finished(model: Any, loaded: Architecture, storage: Storage, device: str) -> Any:
     if loaded.tied:
         model.lm_head.weight = model.get_input_embeddings().weight
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = storage.kind == "nf4", storage.kind == "int8"  # peft asks
@@ -85,6 +116,56 @@ def load_model(
         path, _, buffered = name.rpartition(".")
         setattr(model.get_submodule(path), buffered, buffer.to(device))
     return model.eval()
+
+
+@attrs.frozen(eq=False)
+class WeightSource:
+    """The weights of a checkpoint's files as a model holds them, each read when it is asked for.
+
+    Args:
+        files: the tensors.
+        weights: by the names of parameters in memory.
+        storage: dtypes, and what is quantized.
+    """
+
+    files: Weights
+    weights: Mapping[str, Weight]
+    storage: Storage
+
+    @classmethod
+    def of_folder(cls, folder: Path, loaded: Architecture, storage: Storage) -> WeightSource:
+        """Those of the part of a checkpoint that is loaded.
+
+        Raises:
+            CheckpointError: a file is damaged, or lacks weights that the model has.
+        """
+        files = Weights(folder)
+        require_whole(files, loaded)
+        named = {
+            name: weight for weight in inventory(loaded) for name in weight.names(text_only=loaded.is_text_only)
+        }
+        return cls(files, named, storage)
+
+    def read(self, name: str, device: str) -> torch.Tensor:
+        """A parameter; quantized, it is one of bitsandbytes, and else a tensor of its own, no view of the file."""
+        weight = self.weights[name]
+        if self.storage.is_quantized(weight, name):
+            return read_quantized(self.files, weight, name, self.storage, device)
+        return self.rows(name, slice(None), device)
+
+    def rows(self, name: str, rows: slice, device: str) -> torch.Tensor:
+        """Some rows, or experts, of a parameter that is not quantized; no other is read."""
+        weight = self.weights[name]
+        dtype = getattr(torch, self.storage.dtype_of(weight))
+        count, *shape = weight.shape
+        if weight.kind != "experts":
+            whole = len(range(count)[rows]) == count
+            read = self.files.read(name) if whole else self.files.rows(name, rows)
+            return checked(self.files, name, read, (len(range(count)[rows]), *shape)).to(device, dtype, copy=True)
+        stack = torch.empty((len(range(count)[rows]), *shape), dtype=dtype, device=device)
+        for number, expert in enumerate(self.files.experts(name, count, rows)):
+            stack[number] = checked(self.files, name, expert, tuple(shape))
+        return stack
 
 
 def skeleton(folder: Path, loaded: Architecture) -> Any:
@@ -100,13 +181,3 @@ def skeleton(folder: Path, loaded: Architecture) -> Any:
     if (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model
-
-
-def _read(weights: Weights, weight: Weight, name: str, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """A weight as it is, in a tensor of its own, and no view of the file."""
-    if weight.kind != "experts":
-        return checked(weights, name, weights.read(name), weight.shape).to(device, dtype, copy=True)
-    stack = torch.empty(weight.shape, dtype=dtype, device=device)
-    for number, expert in enumerate(weights.experts(name, weight.shape[0])):
-        stack[number] = checked(weights, name, expert, weight.shape[1:])
-    return stack

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 
 from qwenft.errors import SpecError
 from qwenft.family.inventory import inventory
-from qwenft.kernels.quantized import dense_shape, is_quantized
 from qwenft.models.adapter import TENSORS, Adapter, require_lora
 from qwenft.models.bind import causal_of
 from qwenft.models.lora_layers import OWN_LAYERS, ParamWrapper
@@ -40,22 +39,37 @@ _VISION = "base_model.model.model.visual."
 
 
 @contextmanager
-def _full_shapes(model: Any) -> Iterator[None]:
-    """Stand for quantized stacks by tensors of their shapes, of which peft makes its own; they take no memory."""
+def _stand_ins(model: Any, config: peft.LoraConfig) -> Iterator[None]:
+    """Stand for weights of which peft needs shape and dtype alone by tensors that take no memory.
+
+    These are quantized stacks of experts, of whose packed shape it would make nothing, and weights on the meta
+    device, where it would put the pairs beside them. What it copies, or takes rows of, stays there.
+    """
+    copied = (*(config.modules_to_save or ()), *(config.trainable_token_indices or ()))
     held = []
-    for module in model.modules():
-        for name, stack in (
-            list(module.named_parameters(recurse=False)) if isinstance(module, RoutedExperts) else ()
-        ):
-            if is_quantized(stack):
-                held.append((module, name, stack))
-                shape = torch.empty(1, device=stack.device).expand(dense_shape(stack))
-                setattr(module, name, torch.nn.Parameter(shape, requires_grad=False))
+    for path, module in model.named_modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            is_stack = isinstance(module, RoutedExperts) and weight.dtype.itemsize == 1
+            if is_stack or (weight.is_meta and not path.endswith(copied)):
+                held.append((module, name, weight))
+                setattr(module, name, _stand_in(module, name, weight))
     try:
         yield
     finally:
-        for module, name, stack in held:
-            setattr(module, name, stack)
+        for module, name, weight in held:
+            setattr(module, name, weight.requires_grad_(False))  # peft has frozen what stood for it
+
+
+def _stand_in(module: Any, name: str, weight: Any) -> torch.nn.Parameter:
+    device = "cpu" if weight.is_meta else weight.device
+    if isinstance(module, RoutedExperts):
+        shape = module.stack_shape(name)
+        dtype = torch.float32 if weight.dtype.itemsize == 1 else weight.dtype
+        return torch.nn.Parameter(torch.empty(1, dtype=dtype, device=device).expand(shape), requires_grad=False)
+    empty = torch.empty(1, dtype=weight.dtype, device=device).expand(weight.shape)
+    stand_in: torch.nn.Parameter = type(weight)(empty, requires_grad=False)
+    vars(stand_in).update(vars(weight))  # what bitsandbytes keeps beside a weight
+    return stand_in
 
 
 def lora_config(
@@ -122,7 +136,7 @@ def add_lora(model: Any, config: peft.LoraConfig, *, seed: int, on_meta: bool = 
     """
     # peft would write the folder that was loaded into the adapter's files, and warn that it differs.
     model.name_or_path = config.base_model_name_or_path
-    with _as_peft_expects(model, seed):
+    with _as_peft_expects(model, config, seed):
         adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=on_meta)
     _use_own_layers(adapted)
     return adapted
@@ -144,7 +158,7 @@ def load_adapter(model: Any, name: str, config: peft.LoraConfig, adapter: Adapte
     if name in model.peft_config:
         raise SpecError(f"there is an adapter {name!r} already", fix=f'name="{name}-2"', got=name)
     active = model.active_adapter
-    with _as_peft_expects(model, seed=0):
+    with _as_peft_expects(model, config, seed=0):
         model.add_adapter(name, config)
     _use_own_layers(model)
     put_adapter(model, adapter, loaded, name)
@@ -152,8 +166,8 @@ def load_adapter(model: Any, name: str, config: peft.LoraConfig, adapter: Adapte
 
 
 @contextmanager
-def _as_peft_expects(model: Any, seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(), warnings.catch_warnings(), _full_shapes(model):
+def _as_peft_expects(model: Any, config: peft.LoraConfig, seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(), warnings.catch_warnings(), _stand_ins(model, config):
         # peft 0.21 asks transformers 5.23 by the older of two names.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         # It applies ranks and alphas of parameters, and looks for them among modules alone.
@@ -278,7 +292,8 @@ def adapter_of(model: Any, *, text_only_names: bool) -> tuple[peft.LoraConfig, d
     Args:
         model: of :func:`add_lora`.
         text_only_names: under the names of ``...ForCausalLM``, whichever class is loaded; else under those of
-            ``...ForConditionalGeneration``.
+            ``...ForConditionalGeneration``. An adapter that is saved under the former loads as nothing, without an
+            error, wherever the class is served that the checkpoint is published as.
 
     Returns:
         The configuration, a copy, and the tensors by name.
@@ -298,8 +313,13 @@ def adapter_of(model: Any, *, text_only_names: bool) -> tuple[peft.LoraConfig, d
         config.rank_pattern = {key: 2 * rank for key, rank in config.rank_pattern.items()}
         config.alpha_pattern = {key: growth * alpha for key, alpha in config.alpha_pattern.items()}
     rename = _of_text_alone if text_only_names else _of_vision_language
-    tensors = {rename(name): tensor for name, tensor in tensors.items()}
-    return config, {name: tensor.detach() for name, tensor in tensors.items()}
+    return config, {rename(name): whole(tensor.detach()) for name, tensor in tensors.items()}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that processes share, gathered in host memory: all of them must ask. Others are as they are."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather().cpu()
 
 
 def stored_adapter(model: Any) -> Adapter:
@@ -315,16 +335,8 @@ def stored_adapter(model: Any) -> Adapter:
     return Adapter(values, shapes, tensors.__getitem__, "the model's adapter")
 
 
-def save_adapter(model: Any, folder: Path, *, text_only_names: bool) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into an empty folder.
-
-    Args:
-        model: a peft model.
-        folder: exists.
-        text_only_names: under the names of ``...ForCausalLM``. An adapter that is saved so loads as nothing,
-            without an error, wherever the class is served that the checkpoint is published as.
-    """
-    config, tensors = adapter_of(model, text_only_names=text_only_names)
+def write_adapter(config: peft.LoraConfig, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write what :func:`adapter_of` gives into an empty folder, as peft's two files."""
     # A head that is the embedding is written by its own name too: a file holds no two names of one tensor.
     held = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
     save_file(held, folder / TENSORS, metadata={"format": "pt"})

@@ -108,6 +108,11 @@ class CastRouter(moe.Qwen3_5MoeTopKRouter):
 class RoutedExperts(moe.Qwen3_5MoeExperts):
     """Routed experts over tokens sorted by expert; exact, in any storage dtype, quantized or not."""
 
+    def stack_shape(self, name: str) -> tuple[int, int, int]:
+        """The shape of "gate_up_proj" or "down_proj", packed or not."""
+        wide, thin = self.hidden_dim, self.intermediate_dim
+        return (self.num_experts, *((2 * thin, wide) if name == "gate_up_proj" else (wide, thin)))
+
     def forward(
         self,
         hidden_states: torch.Tensor,

@@ -14,7 +14,7 @@ from qwenft.kernels.layout import SequenceLayout
 from qwenft.models.bind import bind, causal_of, decoder_of, hidden_states
 from qwenft.models.export import Part, updates
 from qwenft.models.load import skeleton
-from qwenft.models.lora import add_lora, lora_config, output_head, put_adapter
+from qwenft.models.lora import add_lora, lora_config, put_adapter
 from qwenft.models.precision import compute_in
 from qwenft.models.quantize import read_dense
 from qwenft.models.weights import Weights, canonical
@@ -35,18 +35,6 @@ def probe_ids(text: Architecture, adapter: Adapter | None) -> torch.Tensor:
     ids = torch.randint(text.vocabulary, (_TOKENS,), generator=torch.Generator().manual_seed(0))
     own = () if adapter is None else adapter.tokens[:_TOKENS]
     return torch.cat([ids, torch.tensor(own, dtype=torch.int64)])
-
-
-@torch.no_grad()
-def logits_of_model(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """[T, V] float32 of a bound model in memory, in evaluation mode."""
-    head = output_head(model)
-    was_training = model.training
-    model.eval()
-    hidden = hidden_states(model, ids.to(head.weight.device), SequenceLayout.from_lengths([len(ids)]))
-    logits: torch.Tensor = head(hidden).float().cpu()
-    model.train(was_training)
-    return logits
 
 
 @torch.no_grad()

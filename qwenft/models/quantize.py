@@ -28,6 +28,7 @@ from qwenft.models.weights import (
     scales_name,
     write_index,
 )
+from qwenft.plan.storage import NF4_BLOCK
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,6 +84,22 @@ def read_quantized(weights: Weights, weight: Weight, name: str, storage: Storage
         return quantize_experts(experts, weight.shape, storage.kind, double_quant=storage.double_quant)
     read = checked(weights, name, weights.read(name), weight.shape)
     return quantize(read.to(device), storage.kind, double_quant=storage.double_quant)
+
+
+def quantized_on_meta(shape: tuple[int, ...], storage: Storage) -> torch.Tensor:
+    """A parameter of bitsandbytes for a weight of this shape, which takes no memory and knows no scales yet."""
+    if storage.kind == "int8":
+        scales = torch.empty(shape[:-1], device="meta")
+        return held_in_int8(torch.empty(shape, dtype=torch.int8, device="meta"), scales)
+    packed = torch.empty((-(-math.prod(shape) // 2), 1), dtype=torch.uint8, device="meta")
+    return bnb.Params4bit(
+        packed,
+        requires_grad=False,
+        blocksize=NF4_BLOCK,
+        compress_statistics=storage.double_quant,
+        quant_type="nf4",
+        bnb_quantized=True,
+    )
 
 
 def put_quantized(model: Any, name: str, held: torch.Tensor) -> None:

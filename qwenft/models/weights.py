@@ -129,16 +129,17 @@ class Weights:
             read: torch.Tensor = tensors.get_slice(stored)[rows]
             return read
 
-    def experts(self, name: str, count: int) -> Iterator[torch.Tensor]:
-        """The experts [O, I] of a stack, one after the other, however the files hold them."""
+    def experts(self, name: str, count: int, wanted: slice = slice(None)) -> Iterator[torch.Tensor]:
+        """The wanted experts [O, I] of a stack of ``count``, one after the other, however the files hold them."""
+        numbers = range(count)[wanted]
         if name in self:
-            for expert in range(count):
+            for expert in numbers:
                 yield self.rows(name, slice(expert, expert + 1))[0]
         else:
             import torch
 
             parts = _parts(name, count)
-            for expert in range(count):
+            for expert in numbers:
                 of_expert = parts[expert * len(parts) // count : (expert + 1) * len(parts) // count]
                 read = [self.read(part) for part in of_expert]
                 yield torch.cat(read) if len(read) > 1 else read[0]

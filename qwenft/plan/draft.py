@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qwenft.specs.attention import AttentionSpec
     from qwenft.specs.data import DataSpec
     from qwenft.specs.model import ModelSpec
+    from qwenft.specs.parallel import ParallelSpec
     from qwenft.specs.training import TrainingSpec
 
 
@@ -55,6 +56,8 @@ class Draft:
         trained: what that comes to.
         attention: the backends that are asked for.
         training: the loop.
+        parallel: the processes.
+        ranks: how many of them the plan is for.
         checkpoint: the architecture of the whole checkpoint.
         architecture: the part of it that is loaded.
         storage: how its weights are held.
@@ -72,6 +75,8 @@ class Draft:
     trained: tuple[TrainedWeight, ...]
     attention: AttentionSpec
     training: TrainingSpec
+    parallel: ParallelSpec
+    ranks: int
     checkpoint: Architecture
     architecture: Architecture
     storage: Storage

@@ -108,15 +108,21 @@ _BLOCK = 256
 
 
 def state_bytes(
-    architecture: Architecture, entries: tuple[TrainedWeight, ...], training: TrainingSpec, storage: Storage
+    architecture: Architecture,
+    entries: tuple[TrainedWeight, ...],
+    training: TrainingSpec,
+    storage: Storage,
+    *,
+    shards: int = 1,
 ) -> StateBytes:
-    """Count what a run holds.
+    """Count what a process of a run holds.
 
     Args:
         architecture: the model as it is loaded.
         entries: what is trained.
         training: the optimizer, and how trained weights and gradients are held.
         storage: how weights are held.
+        shards: the processes that each weight is shared out over; one of few rows may be held unevenly.
     """
     replaced = [entry.weight for entry in entries if entry.how == "itself"]
     trained = gradients = optimizer = on_host = weights = 0
@@ -124,15 +130,20 @@ def state_bytes(
         item = _FLOAT32
         if entry.how == "itself" and not training.master_weights and not entry.weight.is_float32:
             item = ITEM_BYTES[storage.dtype]
-        trained += item * entry.parameters
+        is_whole = entry.how == "itself" and storage.is_whole(entry.weight)
+        sizes = [size if is_whole else -(-size // shards) for size in entry.sizes]
+        count = entry.weight.instances * sum(sizes)
+        trained += item * count
         if training.optimizer_in_backward:
-            gradients = max(gradients, item * max(entry.sizes))
+            gradients = max(gradients, item * max(sizes))
         else:
-            gradients += (_FLOAT32 if accumulates(training) else item) * entry.parameters
-        optimizer += entry.weight.instances * sum(_optimizer_bytes(size, training) for size in entry.sizes)
+            gradients += (_FLOAT32 if accumulates(training) else item) * count
+        optimizer += entry.weight.instances * sum(_optimizer_bytes(size, training) for size in sizes)
     for weight in inventory(architecture):
         kept, _ = parted(weight, replaced)
-        held = 0 if kept is None else sum(storage.bytes_of(kept, text_only=architecture.is_text_only).values())
+        held = 0
+        if kept is not None:
+            held = storage.process_bytes(kept, text_only=architecture.is_text_only, shards=shards)
         if weight.role == "embeddings" and training.embeddings_on_host:
             on_host += held
         else:

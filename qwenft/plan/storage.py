@@ -63,6 +63,24 @@ class Storage:
         """The dtype of a weight that is not quantized."""
         return "float32" if weight.is_float32 else self.dtype
 
+    def is_whole(self, weight: Weight) -> bool:
+        """Whether every process holds all of a weight where others are shared out: small, and of another dtype."""
+        return weight.is_float32 and self.dtype != "float32"
+
+    def process_bytes(self, weight: Weight, *, text_only: bool, shards: int) -> int:
+        """Bytes over all layers in one of the processes that share weights out; scales are whole in each."""
+        total = 0
+        for held_in, count in self.bytes_of(weight, text_only=text_only).items():
+            if self.is_whole(weight):
+                total += count
+                continue
+            shared = count
+            if held_in in ("nf4", "int8"):
+                each = quantized_bytes(weight.shape, held_in, double_quant=self.double_quant)
+                shared = count // each * packed_bytes(weight.shape, held_in)
+            total += -(-shared // shards) + count - shared
+        return total
+
     def bytes_of(self, weight: Weight, *, text_only: bool) -> dict[str, int]:
         """Bytes over all layers, by the format that they are held in."""
         found: dict[str, int] = {}
@@ -118,11 +136,17 @@ def is_quantizable(weight: Weight, asked: Quantization) -> bool:
     return asked.vision or weight.role not in _VISION
 
 
+def packed_bytes(shape: tuple[int, ...], kind: str) -> int:
+    """What the numbers of a weight in 4 or 8 bits take, without their scales."""
+    size = math.prod(shape)
+    return size if kind == "int8" else -(-size // 2)
+
+
 def quantized_bytes(shape: tuple[int, ...], kind: str, *, double_quant: bool) -> int:
     """What bitsandbytes takes for a weight; tables that all share are not counted (64 bytes, and 1 KiB)."""
-    size = math.prod(shape)
+    packed = packed_bytes(shape, kind)
     if kind == "int8":
-        return size + _FLOAT32 * math.prod(shape[:-1])
-    blocks = -(-size // NF4_BLOCK)
+        return packed + _FLOAT32 * math.prod(shape[:-1])
+    blocks = -(-math.prod(shape) // NF4_BLOCK)
     scales = blocks + _FLOAT32 * (-(-blocks // NESTED_BLOCK) + 1) if double_quant else _FLOAT32 * blocks
-    return -(-size // 2) + scales
+    return packed + scales

@@ -92,12 +92,13 @@ def facts(plan: TrainingPlan) -> list[tuple[str, str]]:
     return [
         ("model", f"{draft.checkpoint.name} ({half}, {precision})"),
         ("machine", plan.machine.name),
+        *((("processes", processes_text(plan)),) if recipe.parallel.kind != "single" else ()),
         ("trained", f"{method}: {plan.trained_parameters:,} parameters {place} {held:,}"),
         ("attention", ", ".join(f"{slot.name} = {slot.backend.name}" for slot in draft.slots)),
         ("data", data_text(plan)),
         *((("lengths", lengths_text(plan.data)), ("tokens", plan.data.cache)) if plan.data_is_known else ()),
         ("training", training_text(recipe.training)),
-        ("state", state_text(plan.state)),
+        ("state", state_text(plan.state, draft.ranks)),
         ("activations", activations_text(recipe.training)),
         ("disk", disk_text(plan)),
     ]
@@ -124,8 +125,21 @@ def training_text(training: TrainingSpec) -> str:
     return f"{training.optimizer}{where}, {course}{listed}{loss}{compiled}"
 
 
-def state_text(state: StateBytes) -> str:
-    """What a run holds from its first step to its last."""
+def processes_text(plan: TrainingPlan) -> str:
+    """How many processes there are, and what they share."""
+    parallel, count = plan.recipe.parallel, plan.draft.ranks
+    if count == 1:
+        return f"1, which shares nothing ({parallel.kind} is for more)"
+    if parallel.kind == "ddp":
+        return f"{count}, each with the whole model (ddp)"
+    over = "the processes of each node" if parallel.hybrid else "all"
+    offloaded = ", kept in host memory" if parallel.offload else ""
+    return f"{count}; weights, gradients and moments are shared out over {over}{offloaded} (fsdp2)"
+
+
+def state_text(state: StateBytes, ranks: int = 1) -> str:
+    """What a run, or each of its processes, holds from its first step to its last."""
+    each = " in each process" if ranks > 1 else ""
     parts = (
         ("frozen weights", state.weights),
         ("trained", state.trained),
@@ -134,7 +148,7 @@ def state_text(state: StateBytes) -> str:
     )
     listed = ", ".join(f"{name} {bytes_text(count)}" for name, count in parts)
     on_host = f"; embeddings of {bytes_text(state.on_host)} on the host" if state.on_host else ""
-    return f"{bytes_text(state.total)}: {listed}{on_host}; activations come on top"
+    return f"{bytes_text(state.total)}{each}: {listed}{on_host}; activations come on top"
 
 
 def activations_text(training: TrainingSpec) -> str:

@@ -33,9 +33,19 @@ def spec(cls: S) -> S:
 def refuse_renamed(cls: type, names: Iterable[str], label: str | None = None) -> None:
     """Refuse arguments of other libraries and times that ``cls.RENAMED`` maps to what stands for them here.
 
+    What ``cls.NOT_OFFERED`` names has nothing that stands for it.
+
     Raises:
         SpecError: one of ``names`` is such.
     """
+    not_offered: Mapping[str, str] = getattr(cls, "NOT_OFFERED", {})
+    for name in names:
+        if name in not_offered:
+            raise SpecError(
+                f"{label or cls.__name__}({name}=...): {not_offered[name]} is not offered",
+                fix=f"{label or cls.__name__}(), without {name}",
+                got=name,
+            )
     renamed: Mapping[str, str] = getattr(cls, "RENAMED", {})
     for name in names:
         if name in renamed:

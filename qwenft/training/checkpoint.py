@@ -1,52 +1,141 @@
 """The one checkpoint format: a folder of safetensors with a JSON manifest, and no pickle.
 
 ``manifest.json`` holds plain values, and the size and sha256 of every other file; ``NAME.safetensors`` holds
-tensors. A folder takes its place when all of it is on the disk, so that what has a checkpoint's name is whole.
+tensors, and of several processes each writes a ``NAME-00001-of-00004.safetensors`` with the parts that it has, in
+the form of torch.distributed.checkpoint, whose planner gives any other number of processes its parts. A folder
+takes its place when all of it is on the disk, so that what has a checkpoint's name is whole.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
+from functools import lru_cache
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from qwenft.errors import CheckpointError
-from qwenft.training.folder import environment, new_folder
+from qwenft.models.export import Update
+from qwenft.models.weights import canonical
+from qwenft.training.differences import differences
+from qwenft.training.folder import (
+    abandon_folder,
+    begin_folder,
+    beside,
+    cannot_be_written,
+    environment,
+    flush,
+    place_folder,
+)
+from qwenft.training.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    import torch
-
 FORMAT = 2
 MANIFEST = "manifest.json"
 
 
-def write_checkpoint(
-    path: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], values: dict[str, Any]
-) -> None:
-    """Write a checkpoint, whole or not at all.
+class Writing:
+    """A checkpoint that is being written by all processes, each its own files, while they go on.
 
     Args:
         path: of the new folder.
-        tensors: of each file, by the file's name without ".safetensors".
+        tensors: of each file, by the file's name without ".safetensors"; they are copied first.
         values: JSON values.
+        ranks: the processes.
+        starts: of tensors that are shared out, by their names, the first of their rows that this process has.
 
     Raises:
         CheckpointError: the place is taken or cannot be written; what was there is as it was.
     """
-    with new_folder(path) as folder:
-        files = {}
-        for name, held in tensors.items():
-            file = folder / f"{name}.safetensors"
-            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in held.items()}, file)
-            files[file.name] = _describe(file)
-        manifest = {"format": FORMAT, **values, "environment": environment(), "files": files}
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, Mapping[str, torch.Tensor]],
+        values: dict[str, Any],
+        ranks: Ranks = ALONE,
+        starts: Mapping[str, int] | None = None,
+    ) -> None:
+        self.path, self._values, self._ranks, self._starts = path, values, ranks, starts or {}
+        ranks.by_first(lambda: begin_folder(path))
+        self._tensors = {
+            name: {
+                key: tensor.detach().to("cpu", copy=ranks.count > 1).contiguous() for key, tensor in held.items()
+            }
+            for name, held in tensors.items()
+        }
+        self._files: dict[str, Any] = {}
+        self._error: Exception | None = None
+        self._thread = Thread(target=self._write, name="checkpoint")
+        self._thread.start()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether this process has written its files."""
+        return not self._thread.is_alive()
+
+    def finish(self) -> None:
+        """Wait for all of them, and let the checkpoint take its place.
+
+        Raises:
+            CheckpointError: something cannot be written; nothing is left of it then.
+        """
+        self._thread.join()
+        try:
+            self._ranks.together(self._require_written)
+            files = {name: found for own in self._ranks.gather(self._files) for name, found in own.items()}
+            self._ranks.by_first(lambda: self._place(files))
+        finally:
+            if self._ranks.is_first:
+                abandon_folder(self.path)
+
+    def _write(self) -> None:
+        rank, count = self._ranks.rank + 1, self._ranks.count
+        suffix = "" if count == 1 else f"-{rank:05}-of-{count:05}"
+        try:
+            for name, held in self._tensors.items():
+                file = beside(self.path) / f"{name}{suffix}.safetensors"
+                if held:
+                    save_file(held, file, metadata=self._places(held))
+                    flush(file)
+                    self._files[file.name] = _describe(file)
+        except (OSError, SafetensorError) as error:
+            self._error = error
+        self._tensors = {}
+
+    def _places(self, held: Mapping[str, torch.Tensor]) -> dict[str, str] | None:
+        """What torch's reader takes to tell where in a tensor the parts of it are."""
+        if self._ranks.count == 1:
+            return None
+        places = {
+            key: {SAVED_OFFSETS_KEY: [self._starts.get(key, 0), *[0] * (tensor.ndim - 1)][: tensor.ndim]}
+            for key, tensor in held.items()
+        }
+        return {CUSTOM_METADATA_KEY: json.dumps(places)}
+
+    def _require_written(self) -> None:
+        if self._error is not None:
+            raise cannot_be_written(self.path, self._error)
+
+    def _place(self, files: dict[str, Any]) -> None:
+        manifest = {"format": FORMAT, **self._values, "environment": environment(), "files": files}
+        try:
+            (beside(self.path) / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+            place_folder(self.path)
+        except OSError as error:
+            raise cannot_be_written(self.path, error) from error
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -85,17 +174,55 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def read_tensors(path: Path, name: str) -> dict[str, torch.Tensor]:
-    """The tensors of one file of a checkpoint, on the CPU.
+def stored_tensors(path: Path) -> dict[str, dict[str, tuple[torch.Size, torch.dtype]]]:
+    """The shape and dtype of every tensor of a checkpoint, of shared ones as a whole, by the file that has it.
 
     Raises:
-        CheckpointError: the file cannot be read.
+        CheckpointError: a file cannot be read.
     """
-    file = path / f"{name}.safetensors"
     try:
-        return load_file(file)
+        metadata = HuggingFaceStorageReader(str(path)).read_metadata()
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}", path=path) from None
+        raise CheckpointError(f"{path}: cannot be read: {error}", path=path) from None
+    found: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}, "random": {}}
+    for place, stored in metadata.storage_data.items():
+        tensor = metadata.state_dict_metadata[place.fqn]
+        assert isinstance(tensor, TensorStorageMetadata)
+        part = stored.relative_path.rpartition("/")[2].removesuffix(".safetensors").partition("-")[0]
+        found[part][place.fqn] = (tensor.size, tensor.properties.dtype)
+    return found
+
+
+def read_tensors(path: Path, wanted: dict[str, torch.Tensor]) -> None:
+    """Fill tensors by their names in a checkpoint; of a DTensor this process's part, however it was saved.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Every process plans and reads for itself.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}", path=path) from None
+
+
+def trained_in(path: Path) -> dict[str, Update]:
+    """What makes each trained weight of a checkpoint; one of them is in memory at a time."""
+
+    @lru_cache(maxsize=1)
+    def read(name: str) -> torch.Tensor:
+        shape, dtype = stored[name]
+        wanted = {name: torch.empty(shape, dtype=dtype)}
+        read_tensors(path, wanted)
+        return wanted[name]
+
+    def update(name: str) -> Update:
+        return Update(lambda _, part: part.of(read(name)))
+
+    stored = stored_tensors(path)["model"]
+    return {canonical(name): update(name) for name in stored}
 
 
 def require_same(saved: Any, present: Any, *, subject: str, fix: str, path: Path) -> None:
@@ -115,17 +242,6 @@ def require_same(saved: Any, present: Any, *, subject: str, fix: str, path: Path
     if found:
         listed = "".join(f"\n     {line}" for line in found)
         raise CheckpointError(f"{path} is of another {subject}:{listed}", fix=fix, path=path, differences=found)
-
-
-def differences(saved: Any, present: Any, place: str = "") -> list[str]:
-    """The places at which two JSON values differ, with what stands there in both."""
-    if isinstance(saved, dict) and isinstance(present, dict):
-        found = []
-        for key in [*saved, *(key for key in present if key not in saved)]:
-            inner = f"{place}.{key}" if place else key
-            found += differences(saved.get(key), present.get(key), inner)
-        return found
-    return [] if saved == present else [f"{place}: {saved!r} there, {present!r} here"]
 
 
 def _describe(file: Path) -> dict[str, Any]:

@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import math
+import shutil
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 
-from qwenft.data.stream import Batch, Place
+from qwenft.data.masking import IGNORED
+from qwenft.data.stream import Batch, Place, VisionInputs
 from qwenft.errors import CheckpointError, DataError, NonFiniteError, SpecError
 from qwenft.kernels.fusion import compile_seconds, fusion
+from qwenft.kernels.layout import SequenceLayout
 from qwenft.models.bind import causal_of, decoder_of, hidden_states
+from qwenft.models.export import trained
 from qwenft.models.lora import output_head
 from qwenft.models.loss import supervised_loss, supervised_positions, token_scores
 from qwenft.models.mtp import one_token_on
 from qwenft.models.routing import recorded_routing
 from qwenft.training.allocator import keep_freed_memory
-from qwenft.training.checkpoint import read_manifest, read_tensors, require_same, write_checkpoint
+from qwenft.training.checkpoint import (
+    Writing,
+    read_manifest,
+    read_tensors,
+    require_same,
+    stored_tensors,
+    trained_in,
+)
 from qwenft.training.determinism import deterministic_algorithms
 from qwenft.training.in_backward import step_in_backward
 from qwenft.training.optim import build_optimizer, build_schedule, optimizer_state, restore_optimizer
+from qwenft.training.ranks import ALONE, Ranks
 from qwenft.training.results import Evaluation, Loss, StepResult
+from qwenft.training.shards import within
+from qwenft.training.trained import Trained, state_bytes
 
 if TYPE_CHECKING:
     import os
@@ -31,6 +46,7 @@ if TYPE_CHECKING:
 
     from qwenft.data.corpus import Corpus
     from qwenft.data.stream import Stream
+    from qwenft.models.export import Update
     from qwenft.specs.training import TrainingSpec
 
 
@@ -46,9 +62,11 @@ class Prepared:
         role_of: the role of a parameter's name.
         identity: JSON values of what the result depends on; a checkpoint of another is refused.
         mtp_weight: of the loss of the multi-token-prediction layer, which is loaded where it is not 0.
+        ranks: the processes that share the steps, and the model.
 
     Attributes:
-        optimizer: over the trained parameters.
+        trained: the trained parameters by name; where they are shared out, this process's part of each.
+        optimizer: over these.
         schedule: torch's, one step an optimizer step.
         steps_done: optimizer steps so far.
         place: behind the last of them in the data.
@@ -67,6 +85,7 @@ class Prepared:
         role_of: Callable[[str], str],
         identity: Mapping[str, Any],
         mtp_weight: float = 0.0,
+        ranks: Ranks = ALONE,
     ) -> None:
         if device == "cpu":
             keep_freed_memory()
@@ -79,21 +98,24 @@ class Prepared:
         self.mtp_weight = mtp_weight
         if corpus.report.vision_tokens:
             self._refuse_images()
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = build_optimizer(self.trained.items(), training, role_of)
+        self.ranks = ranks
+        self._held = Trained(model, training, ranks)
+        self.trained = self._held.parts
+        # A process may have no row of a small parameter.
+        parts = [(name, part) for name, part in self.trained.items() if part.numel()]
+        self.optimizer = build_optimizer(parts, training, role_of)
         self.schedule = build_schedule(self.optimizer, training, corpus.report.steps)
         self.steps_done = 0
         self.place = Place()
         self.expert_counts: torch.Tensor | None = None
-        if training.activation_checkpointing:
-            causal_of(model).activation_checkpointing_enable(
-                {"use_reentrant": False},
-                every_n_layers=training.activation_checkpointing,
-                offload=training.activation_offloading,
-            )
         self.model.train()
         # Dropout, noise and rounding must not depend on what the process drew before.
-        torch.manual_seed(training.seed)
+        torch.manual_seed(training.seed + ranks.rank)
+
+    @property
+    def state_bytes(self) -> int:
+        """What this process holds of weights, their scales, gradients and optimizer, in bytes."""
+        return state_bytes(self.model, self.trained, self.optimizer)
 
     def batches(self, epoch: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of every step of an epoch."""
@@ -137,9 +159,14 @@ class Prepared:
         z-loss included, without noise on its embeddings; weighted, its sum is added to that of the model, and the
         two are divided by the model's tokens.
         """
-        batch = batch.to(self.device)
+        batch = self._seen_by_all(batch.to(self.device))
+        mtp: list[Loss] = []
+        total = within(causal_of(self.model), lambda: self._total_loss(batch, mtp))
+        return Loss(total, batch.tokens, *mtp)
+
+    def _total_loss(self, batch: Batch, mtp: list[Loss]) -> torch.Tensor:
+        """That of a micro-batch with its graph; to ``mtp`` it adds the part of that layer, without."""
         loss, auxiliary = self.training.chosen_loss, self.training.router_aux_loss
-        mtp = None
         with recorded_routing(self.model) as routing:
             if isinstance(loss, str):
                 # The multi-token-prediction layer attends to all tokens.
@@ -149,16 +176,27 @@ class Prepared:
                 if self.mtp_weight:
                     found = self._mtp_loss(batch, predicting[0], method=loss)
                     total = total + self.mtp_weight * found.total
-                    mtp = Loss(found.total.detach(), found.tokens)
+                    mtp.append(Loss(found.total.detach(), found.tokens))
             else:
-                total = loss(self.hidden(batch), batch, output_head(self.model))
+                total = self._at_head(lambda hidden, head: loss(hidden, batch, head), self.hidden(batch))
         if routing.counts:
             counts = torch.stack(routing.counts)
             self.expert_counts = counts if self.expert_counts is None else self.expert_counts + counts
         if auxiliary:
             per_token = causal_of(self.model).config.get_text_config().num_experts_per_tok
             total = total + auxiliary * batch.tokens * routing.load_balancing_loss(per_token)
-        return Loss(total, batch.tokens, mtp)
+        return total
+
+    def _at_head(self, function: Callable[..., torch.Tensor], hidden: torch.Tensor, *args: Any) -> torch.Tensor:
+        """What a function of hidden states, the head and more returns, where the head's weights are whole."""
+        return within(causal_of(self.model).lm_head, function, hidden, output_head(self.model), *args)
+
+    def _seen_by_all(self, batch: Batch) -> Batch:
+        """A micro-batch that goes through the tower where that of another process may."""
+        if self.ranks.count == 1 or batch.vision is not None or not self.corpus.report.vision_tokens:
+            return batch
+        shape = causal_of(self.model).model.visual.config
+        return attrs.evolve(batch, vision=VisionInputs.blank(batch.layout, shape))
 
     def _refuse_images(self) -> None:
         """Before the first step where images are known of; in a stream they may come later."""
@@ -189,29 +227,44 @@ class Prepared:
     def _cross_entropy(self, *predicting: Any, method: str) -> torch.Tensor:
         """The recipe's, of what :meth:`_supervised` gives."""
         smoothing, z_loss = self.training.label_smoothing, self.training.z_loss
-        return supervised_loss(*predicting, method=method, label_smoothing=smoothing, z_loss=z_loss)
+        function = partial(supervised_loss, method=method, label_smoothing=smoothing, z_loss=z_loss)
+        return self._at_head(function, *predicting)
 
     def _supervised(
         self, batch: Batch, hidden: Callable[..., torch.Tensor], *, everywhere: bool = False
-    ) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor | None]:
-        """Hidden states [S, H] of the supervised positions, the head, their labels and their weights.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Hidden states [S, H] of the supervised positions, their labels and their weights.
 
         ``hidden`` gives them for all tokens or for wanted ones, and with ``everywhere`` it is asked for all.
         """
         wanted = supervised_positions(batch.labels)
         if not len(wanted) or everywhere:
             # Experts have no answer for no token.
-            return hidden(batch), output_head(self.model), batch.labels, batch.weights
+            return hidden(batch), batch.labels, batch.weights
         weights = None if batch.weights is None else batch.weights[wanted]
-        return hidden(batch, wanted), output_head(self.model), batch.labels[wanted], weights
+        return hidden(batch, wanted), batch.labels[wanted], weights
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """[T, vocabulary], for every token."""
-        logits: torch.Tensor = output_head(self.model)(self.hidden(batch.to(self.device)))
+        batch = self._seen_by_all(batch.to(self.device))
+        logits: torch.Tensor = within(
+            causal_of(self.model),
+            lambda: self._at_head(lambda hidden, head: head.forward(hidden), self.hidden(batch)),
+        )
+        return logits
+
+    @torch.no_grad()
+    def logits_of(self, ids: torch.Tensor) -> torch.Tensor:
+        """[T, vocabulary] float32 in host memory, of some text [T] without dropout or noise."""
+        was_training = self.model.training
+        self.model.eval()
+        text = Batch(ids, torch.full_like(ids, IGNORED), SequenceLayout.from_lengths([len(ids)]))
+        logits = self.logits(text).float().cpu()
+        self.model.train(was_training)
         return logits
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
-        """One optimizer step on the mean loss over all supervised tokens of its micro-batches.
+        """One optimizer step on the mean loss over all supervised tokens of its micro-batches, of all processes.
 
         Raises:
             DataError: no token is supervised.
@@ -219,7 +272,8 @@ class Prepared:
                 and the optimizer steps in backward.
             SpecError: there are several micro-batches, and the optimizer steps in backward.
         """
-        tokens = sum(batch.tokens for batch in batches)
+        all_tokens = sum(batch.layout.total for batch in batches if not batch.waits)
+        tokens, stream_tokens = self.ranks.sum([sum(batch.tokens for batch in batches), all_tokens])
         if not tokens:
             raise DataError("no token of this step is trained", fix="batches of prepared.batches()", row=None)
         learning_rate, compiled_before = self._learning_rate(), compile_seconds()
@@ -235,7 +289,7 @@ class Prepared:
             step=self.steps_done,
             loss=loss,
             tokens=tokens,
-            stream_tokens=sum(batch.layout.total for batch in batches),
+            stream_tokens=int(stream_tokens),
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             compile_seconds=compile_seconds() - compiled_before,
@@ -247,7 +301,7 @@ class Prepared:
         """How the last step used the experts of each layer."""
         if self.expert_counts is None:
             return {}
-        counts = self.expert_counts.double()
+        counts = self.ranks.sum_tensor(self.expert_counts.double().cpu())
         busiest = counts.amax(1) / counts.mean(1)
         return {"expert_load": tuple(busiest.tolist()), "idle_experts": tuple((counts == 0).sum(1).tolist())}
 
@@ -265,16 +319,19 @@ class Prepared:
         for batch in batches:
             loss = self.loss(batch)
             part = loss.total / tokens
-            part.backward()
+            (part * self._held.averaged_over).backward()
+            self._held.take_gradients()
             parts.append(part.detach())
             mtp.append(loss.mtp)
+        self._held.sum_whole()
         grad_norm = self._clip()
         losses = torch.stack(parts).tolist()
-        if not all(math.isfinite(value) for value in (*losses, grad_norm)):
+        total = self.ranks.sum([sum(losses)])[0]
+        if not all(math.isfinite(value) for value in (total, grad_norm)):
             self.optimizer.zero_grad(set_to_none=True)
             raise self._not_finite(batches, losses, grad_norm)
         self.optimizer.step()
-        return *self._apart(sum(losses), mtp, tokens), grad_norm
+        return *self._apart(total, mtp, tokens), grad_norm
 
     def _update_in_backward(self, batches: Sequence[Batch], tokens: float) -> tuple[float, float | None, float]:
         """The same, parameter by parameter while backward goes on."""
@@ -286,23 +343,25 @@ class Prepared:
             )
         found = self.loss(batches[0])
         total = found.total / tokens
-        loss = float(total.detach())
+        own = float(total.detach())
+        loss = self.ranks.sum([own])[0]
         if not math.isfinite(loss):
-            raise self._not_finite(batches, [loss], math.nan)
-        with step_in_backward(self.optimizer, self.trained.values()) as norms:
+            raise self._not_finite(batches, [own], math.nan)
+        with step_in_backward(self.optimizer, self._held) as norms:
             total.backward()
-        grad_norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+        grad_norm = float(self._held.total_norm(norms.whole, norms.shards))
         if not math.isfinite(grad_norm):
-            raise self._not_finite(batches, [loss], grad_norm, changed=True)
+            raise self._not_finite(batches, [own], grad_norm, changed=True)
         return *self._apart(loss, [found.mtp], tokens), grad_norm
 
     def _apart(self, loss: float, mtp: Sequence[Loss | None], tokens: float) -> tuple[float, float | None]:
         """Of the mean of a step's total loss: the model's, and the mean over its own tokens of the mtp layer's."""
-        parts = [part for part in mtp if part is not None and part.tokens]
-        if not parts:
+        if not self.mtp_weight:
             return loss, None
-        total = float(torch.stack([part.total for part in parts]).sum())
-        return loss - self.mtp_weight * total / tokens, total / sum(part.tokens for part in parts)
+        parts = [part for part in mtp if part is not None and part.tokens]
+        own = float(torch.stack([part.total for part in parts]).sum()) if parts else 0.0
+        total, count = self.ranks.sum([own, sum(part.tokens for part in parts)])
+        return (loss - self.mtp_weight * total / tokens, total / count) if count else (loss, None)
 
     @torch.no_grad()
     def evaluate(self, stream: Stream) -> Evaluation:
@@ -311,12 +370,16 @@ class Prepared:
         self.model.eval()
         loss = correct = tokens = 0.0
         with self._algorithms():
-            for loaded in stream.loaded(row for _, row in stream.rows_from(Place())):
-                batch = loaded.to(self.device)
-                scores = token_scores(*self._supervised(batch, self.hidden))
+            for loaded in stream.evaluated():
+                batch = self._seen_by_all(loaded.to(self.device))
+                scores = within(causal_of(self.model), partial(self._scores, batch))
                 loss, correct, tokens = loss + scores[0], correct + scores[1], tokens + batch.tokens
         self.model.train(was_training)
+        loss, correct, tokens = self.ranks.sum((loss, correct, tokens))
         return Evaluation(loss=loss / tokens, accuracy=correct / tokens, tokens=tokens)
+
+    def _scores(self, batch: Batch) -> Any:
+        return self._at_head(token_scores, *self._supervised(batch, self.hidden))  # type: ignore[arg-type]
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write all that :meth:`load` needs to go on to the bit: a new folder, whole or not at all.
@@ -327,19 +390,53 @@ class Prepared:
         Raises:
             CheckpointError: the place is taken or cannot be written.
         """
+        self.begin_save(path).finish()
+        return Path(path)
+
+    @contextmanager
+    def trained_weights(self, path: Path) -> Iterator[dict[str, Update]]:
+        """What full fine-tuning made of each weight, for an export to ``path``.
+
+        What processes share is written by all of them beside that place, so that the one that exports has a tensor
+        of it at a time.
+        """
+        if not self._held.is_sharded:
+            yield trained(self.model)
+            return
+        shards = path.with_name(f".{path.name}.shards")
+        held = self._held.to_write(self.trained)
+        self.ranks.by_first(lambda: shutil.rmtree(shards, ignore_errors=True))
+        Writing(shards, {"model": held}, {}, self.ranks, self._held.starts(held)).finish()
+        try:
+            yield trained_in(shards)
+        finally:
+            self.ranks.by_first(lambda: shutil.rmtree(shards, ignore_errors=True))
+
+    def begin_save(self, path: str | os.PathLike[str]) -> Writing:
+        """Begin to do so; several processes can go on meanwhile.
+
+        Raises:
+            CheckpointError: the place is taken or cannot be written.
+        """
         moments, numbers = optimizer_state(self.optimizer, self.trained)
-        random = {"cpu": torch.get_rng_state()}
+        random = {self._own("cpu"): torch.get_rng_state()}
         if self.device == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state()
+            random[self._own("cuda")] = torch.cuda.get_rng_state()
         values = {
             "step": self.steps_done,
             "next": attrs.asdict(self.place),
             "optimizer": numbers,
             "schedule": self.schedule.state_dict(),
             "identity": self.identity,
+            "ranks": self.ranks.count,
         }
-        write_checkpoint(Path(path), {"model": self.trained, "optimizer": moments, "random": random}, values)
-        return Path(path)
+        model, moments = self._held.to_write(self.trained), self._held.to_write(moments)
+        tensors = {"model": model, "optimizer": moments, "random": random}
+        return Writing(Path(path), tensors, values, self.ranks, self._held.starts({**model, **moments}))
+
+    def _own(self, name: str) -> str:
+        """The name under which a checkpoint has what every process has of its own."""
+        return f"{name}.{self.ranks.rank}" if self.ranks.rank else name
 
     @torch.no_grad()
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -349,28 +446,83 @@ class Prepared:
             CheckpointError: it is damaged, or of another recipe, model or data.
         """
         path = Path(path)
-        manifest = read_manifest(path)
-        fix = "the recipe that it was made with, in its manifest.json"
-        require_same(manifest["identity"], self.identity, subject="recipe", fix=fix, path=path)
-        parameters, moments, random = (read_tensors(path, name) for name in ("model", "optimizer", "random"))
-        shapes = [
-            {name: f"{tuple(p.shape)} {p.dtype}" for name, p in held.items()}
-            for held in (parameters, self.trained)
-        ]
-        require_same(*shapes, subject="model", fix="the model that it was made with", path=path)
-        if self.device == "cuda" and "cuda" not in random:
-            raise CheckpointError(f"{path} was made on a CPU and cannot go on to the bit on CUDA", path=path)
-        for name, parameter in self.trained.items():
-            parameter.copy_(parameters[name])
+        manifest = self._manifest(path)
+        self._require_ranks(manifest, path)
+        read = self.ranks.together(lambda: self._read(path))
+        for name, part in self.trained.items():
+            part.copy_(read[name])
+        moments = {name: tensor for name, tensor in read.items() if ":" in name}
         restore_optimizer(self.optimizer, self.trained, {**moments, **manifest["optimizer"]})
         self.schedule.load_state_dict(manifest["schedule"])
         for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
-        torch.set_rng_state(random["cpu"])
-        if self.device == "cuda":
-            torch.cuda.set_rng_state(random["cuda"])
+        if manifest["ranks"] == self.ranks.count:
+            torch.set_rng_state(read[self._own("cpu")])
+            if self.device == "cuda":
+                torch.cuda.set_rng_state(read[self._own("cuda")])
+        else:  # there are not as many states as processes
+            torch.manual_seed(self.training.seed + self.ranks.count * manifest["step"] + self.ranks.rank)
         self.steps_done = manifest["step"]
         self.place = Place(**manifest["next"])
+
+    @torch.no_grad()
+    def load_weights(self, path: Path) -> None:
+        """Take what was trained from a checkpoint, made by any number of processes, and nothing to go on with.
+
+        Raises:
+            CheckpointError: as :meth:`load`.
+        """
+        self._manifest(path)
+        read = self.ranks.together(lambda: self._read(path, weights_alone=True))
+        for name, part in self.trained.items():
+            part.copy_(read[name])
+
+    def _manifest(self, path: Path) -> dict[str, Any]:
+        manifest = self.ranks.together(lambda: read_manifest(path))
+        fix = "the recipe that it was made with, in its manifest.json"
+        require_same(manifest["identity"], self.identity, subject="recipe", fix=fix, path=path)
+        return manifest
+
+    def _require_ranks(self, manifest: dict[str, Any], path: Path) -> None:
+        """Refuse another number of processes where it changes what is trained."""
+        saved, count = manifest["ranks"], self.ranks.count
+        if saved == count:
+            return
+        reason, fix = None, f"{saved} processes"
+        if self.training.tokens_per_step is None:
+            reason = "a step is a row of each of them, and would be another one"
+            fix = f"{fix}, or tokens_per_step in the recipe from its beginning"
+        elif self.training.optimizer.endswith("8bit"):
+            reason = "moments of 8 bits are quantized in blocks of what each of them holds"
+        if reason is not None:
+            problem = f"{path} was made by {saved} processes, and this is one of {count}: {reason}"
+            raise CheckpointError(problem, fix=fix, path=path)
+
+    def _read(self, path: Path, *, weights_alone: bool = False) -> dict[str, torch.Tensor]:
+        """All that a checkpoint has of this process: parts of parameters and moments, and random states."""
+        stored = stored_tensors(path)
+        shapes = [
+            {name: f"{tuple(shape)} {dtype}" for name, (shape, dtype) in entries.items()}
+            for entries in (
+                stored["model"],
+                {name: (p.shape, p.dtype) for name, p in self._held.parameters.items()},
+            )
+        ]
+        require_same(*shapes, subject="model", fix="the model that it was made with", path=path)
+        if self.device == "cuda" and "cuda" not in stored["random"] and not weights_alone:
+            raise CheckpointError(f"{path} was made on a CPU and cannot go on to the bit on CUDA", path=path)
+        wanted = {name: torch.empty_like(p) for name, p in self._held.parameters.items()}
+        if weights_alone:
+            stored = {**stored, "optimizer": {}, "random": {}}
+        wanted |= self._held.like(stored["optimizer"])
+        own = {self._own(device) for device in ("cpu", "cuda")}
+        wanted |= {
+            name: torch.empty(shape, dtype=dtype)
+            for name, (shape, dtype) in stored["random"].items()
+            if name in own
+        }
+        read_tensors(path, wanted)
+        return self._held.of_process(wanted)
 
     def _learning_rate(self) -> float:
         groups, peak = self.optimizer.param_groups, self.training.learning_rate
@@ -379,21 +531,19 @@ class Prepared:
 
     def _clip(self) -> float:
         """Scale the gradients down to the limit, and return their norm before."""
-        gradients = [parameter for parameter in self.trained.values() if parameter.grad is not None]
-        limit = self.training.max_grad_norm
-        return float(torch.nn.utils.clip_grad_norm_(gradients, math.inf if limit is None else limit))
+        norm, limit = self._held.norm(), self.training.max_grad_norm
+        torch.nn.utils.clip_grads_with_norm_(self.trained.values(), math.inf if limit is None else limit, norm)
+        return float(norm)
 
     def _not_finite(
         self, batches: Sequence[Batch], losses: Sequence[float], grad_norm: float, *, changed: bool = False
     ) -> NonFiniteError:
         """The error that names the documents whose own loss is not finite, or those that may have caused it."""
-        rows = [batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)] or batches
-        guilty = []
-        if not changed:
-            with torch.no_grad():
-                alone = [(document, self.loss(document)) for batch in rows for document in batch.split()]
-            guilty = [document for document, loss in alone if not math.isfinite(float(loss.total))]
-        documents = [place for document in guilty or rows for place in document.documents]
+        rows = [batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
+        rows = rows if any(self.ranks.gather(bool(rows))) else list(batches)
+        guilty = [] if changed or self.ranks.count > 1 else self._not_finite_alone(rows)
+        places = [place for document in guilty or rows for place in document.documents]
+        documents = [place for told in self.ranks.gather(places) for place in told]
         listed = ", ".join(f"{file}, row {row}" for file, row in documents[:8])
         more = f" and {len(documents) - 8} more" if len(documents) > 8 else ""
         return NonFiniteError(
@@ -406,3 +556,9 @@ class Prepared:
             grad_norm=grad_norm,
             documents=tuple(documents),
         )
+
+    @torch.no_grad()
+    def _not_finite_alone(self, rows: Sequence[Batch]) -> list[Batch]:
+        """The documents whose own loss is not finite; of several processes all would have to ask for as many."""
+        alone = [(document, self.loss(document)) for row in rows for document in row.split()]
+        return [document for document, loss in alone if not math.isfinite(float(loss.total))]

@@ -30,29 +30,60 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the place is taken, or cannot be written.
     """
-    require_free(path)
-    beside = path.with_name(f".{path.name}.writing")
+    begin_folder(path)
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        yield beside
-        for written in sorted(beside.rglob("*")):
-            _flush(written)
-        _flush(beside)
-        if path.exists():
-            path.rmdir()
-        beside.rename(path)
-        _flush(path.parent)
+        yield beside(path)
+        place_folder(path)
     except CheckpointError:
         raise
-    except (OSError, SafetensorError) as error:  # the latter keeps of a full disk the words alone
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{path}: cannot be written: {reason}", path=path) from error
+    except (OSError, SafetensorError) as error:
+        raise cannot_be_written(path, error) from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        abandon_folder(path)
 
 
-def _flush(path: Path) -> None:
+def beside(path: Path) -> Path:
+    """The folder that is filled before it takes the place of ``path``."""
+    return path.with_name(f".{path.name}.writing")
+
+
+def begin_folder(path: Path) -> None:
+    """Make the folder beside a place that is free, empty.
+
+    Raises:
+        CheckpointError: the place is taken, or cannot be written.
+    """
+    require_free(path)
+    try:
+        abandon_folder(path)
+        beside(path).mkdir(parents=True)
+    except OSError as error:
+        raise cannot_be_written(path, error) from error
+
+
+def place_folder(path: Path) -> None:
+    """Let the folder beside take its place, when all of it is on the disk."""
+    filled = beside(path)
+    for written in sorted(filled.rglob("*")):
+        flush(written)
+    flush(filled)
+    if path.exists():
+        path.rmdir()
+    filled.rename(path)
+    flush(path.parent)
+
+
+def abandon_folder(path: Path) -> None:
+    """Remove what is left beside a place."""
+    shutil.rmtree(beside(path), ignore_errors=True)
+
+
+def cannot_be_written(path: Path, error: Exception) -> CheckpointError:
+    """The error of a place that cannot be written; that of safetensors keeps of a full disk the words alone."""
+    return CheckpointError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}", path=path)
+
+
+def flush(path: Path) -> None:
     """Wait until a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -157,7 +188,7 @@ class RunFolder:
     def flush(self) -> None:
         """Wait until the metrics are on the disk: a checkpoint must not outlive its history."""
         if self.metrics.exists():
-            _flush(self.metrics)
+            flush(self.metrics)
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
         """Cut the files of JSON lines behind ``step``, and return the metrics up to there.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -16,8 +17,9 @@ from qwenft.models.generate import answer
 from qwenft.training.interruption import Interruption
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
+    from qwenft.training.checkpoint import Writing
     from qwenft.training.engine import Prepared
     from qwenft.training.folder import RunFolder
 
@@ -48,6 +50,8 @@ def train(
 ) -> str:
     """Train to the end of the recipe, from where ``prepared`` stands.
 
+    All processes of a run call it; the first of them alone writes metrics and tells who listens.
+
     Args:
         prepared: model, optimizer and data.
         folder: of the run, which gets a line of metrics a step, and checkpoints.
@@ -66,32 +70,37 @@ def train(
         NonFiniteError: a loss or gradient is not finite.
         KeyboardInterrupt: a second signal came.
     """
-    course = _Course(prepared, folder, history, listeners)
+    course, ranks = _Course(prepared, folder, history, listeners), prepared.ranks
     if not history and (before := course.evaluation(0)):
         course.record({"step": 0, **before})
-    folder.list_skipped(prepared.corpus.report.skipped)
+    course.list_skipped(prepared.corpus.report.skipped)
     with Interruption(listeners.on_notice) as interruption:
         for epoch, batches in prepared.remaining():
             if course.is_exhausted():
-                return STOPPED_EARLY
+                break
             started = time.perf_counter()
             result = prepared.step(batches)
             seconds = time.perf_counter() - started
             values = {
                 **{name: value for name, value in attrs.asdict(result).items() if value not in ((), None)},
                 "epoch": epoch,
-                "ranks": 1,
+                "ranks": ranks.count,
                 "seconds": seconds,
                 "tokens_per_second": result.stream_tokens / seconds,
-                "peak_bytes": peak_bytes(prepared.device),
-                "state_bytes": state_bytes,
+                **course.held(state_bytes),
             }
-            folder.list_skipped(map(str, prepared.corpus.train.take_skipped()))
+            course.list_skipped(map(str, prepared.corpus.train.take_skipped()))
             course.record({**values, **course.evaluation(result.step)})
-            if interruption.signal or course.is_saved(result.step) or course.is_exhausted():
+            told = ranks.gather((interruption.signal is not None, course.is_written))
+            is_interrupted = any(asked for asked, _ in told)
+            if all(is_written for _, is_written in told):
+                course.finish_save()
+            if is_interrupted or course.is_saved(result.step) or course.is_exhausted():
                 course.save(result.step)
-            if interruption.signal and result.step < course.steps:
+            if is_interrupted and result.step < course.steps:
+                course.finish_save()
                 return INTERRUPTED
+    course.finish_save()
     return STOPPED_EARLY if course.is_exhausted() else FINISHED
 
 
@@ -118,9 +127,20 @@ class _Course:
     history: list[dict[str, Any]]
     listeners: Listeners
     evaluated: list[dict[str, Any]] = attrs.field(init=False)
+    writing: Writing | None = None
 
     def __attrs_post_init__(self) -> None:
         self.evaluated = [record for record in self.history if "held_out_loss" in record]
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.prepared.ranks.is_first
+
+    def list_skipped(self, errors: Iterable[str]) -> None:
+        """Write the errors of rows that are left out."""
+        if self.speaks:
+            self.folder.list_skipped(errors)
 
     def record(self, values: dict[str, Any]) -> None:
         """Keep a record, write it, and tell who listens."""
@@ -128,6 +148,8 @@ class _Course:
         self.history.append(values)
         if "held_out_loss" in values:
             self.evaluated.append(values)
+        if not self.speaks:
+            return
         self.folder.append("metrics.jsonl", values)
         for sample in samples:
             self.folder.append("samples.jsonl", sample)
@@ -166,21 +188,51 @@ class _Course:
             return True
         return training.keep_best and best_step(self.evaluated) == step
 
+    def held(self, planned: int) -> dict[str, int]:
+        """The memory of the process that took the most of it, and the state that is planned for one alone."""
+        prepared = self.prepared
+        state = planned if prepared.ranks.count == 1 else prepared.state_bytes
+        peaks, states = zip(*prepared.ranks.gather((peak_bytes(prepared.device), state)), strict=True)
+        return {"peak_bytes": max(peaks), "state_bytes": max(states)}
+
     def save(self, step: int) -> None:
-        """Write a checkpoint, and remove those that are no longer kept."""
+        """Write a checkpoint; several processes go on while it is written."""
+        self.finish_save()
+        if self.speaks:
+            self.folder.flush()
+        with self._as_saving():
+            self.writing = self.prepared.begin_save(self.folder.checkpoint(step))
+        if self.prepared.ranks.count == 1:
+            self.finish_save()
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this process has written its part of a checkpoint that has not taken its place."""
+        return self.writing is not None and self.writing.is_done
+
+    def finish_save(self) -> None:
+        """Let a checkpoint take its place as soon as it is written, and remove those that are no longer kept."""
+        if self.writing is None:
+            return
+        writing, self.writing = self.writing, None
+        with self._as_saving():
+            writing.finish()
         training = self.prepared.training
-        self.folder.flush()
+        if self.speaks:
+            best = best_step(self.evaluated) if training.keep_best else None
+            self.folder.drop_checkpoints(keep=training.keep_checkpoints, best=best)
+            self.listeners.on_save(writing.path)
+
+    @contextmanager
+    def _as_saving(self) -> Iterator[None]:
         last = next(reversed(self.folder.checkpoints.values()), None)
         try:
-            path = self.prepared.save(self.folder.checkpoint(step))
+            yield
         except CheckpointError as error:
             where = "begins anew" if last is None else f"continues from {last}"
             raise CheckpointError(
                 error.problem, fix=f"room on the disk, then the same train() again: it {where}", path=error.path
             ) from error
-        best = best_step(self.evaluated) if training.keep_best else None
-        self.folder.drop_checkpoints(keep=training.keep_checkpoints, best=best)
-        self.listeners.on_save(path)
 
     def is_exhausted(self) -> bool:
         """Whether the held-out loss has not fallen for as many evaluations as the recipe has patience for."""

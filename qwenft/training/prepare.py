@@ -8,10 +8,11 @@ import torch
 
 from qwenft.models.bind import bind, causal_of
 from qwenft.models.elementwise import fuse_elementwise
-from qwenft.models.load import load_model
+from qwenft.models.load import WeightSource, load_model, model_on_meta
 from qwenft.models.lora import add_lora, lora_config, put_adapter, require_reached
 from qwenft.models.precision import compute_in
 from qwenft.plan.records import accumulates
+from qwenft.training.shards import repeat_model, shard_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from qwenft.plan.coverage import TrainedWeight
     from qwenft.plan.storage import Storage
     from qwenft.specs.adapter import AdapterSpec
+    from qwenft.specs.parallel import ParallelSpec
     from qwenft.specs.training import TrainingSpec
+    from qwenft.training.ranks import Ranks
 
 
 def prepare_model(
@@ -38,8 +41,10 @@ def prepare_model(
     compute_dtype: str,
     device: str,
     source: str,
+    parallel: ParallelSpec,
+    ranks: Ranks,
 ) -> Any:
-    """Load, bind, and give a model its adapter or its trained weights, in this order.
+    """Load, bind, give a model its adapter or its trained weights, and share it out, in this order.
 
     Args:
         folder: the checkpoint.
@@ -53,19 +58,49 @@ def prepare_model(
         compute_dtype: in which the layers compute.
         device: "cpu" or "cuda".
         source: the checkpoint's name in the adapter's files.
+        parallel: what the processes share.
+        ranks: the processes.
     """
-    model = load_model(
-        folder, loaded, storage=storage, device=device, embeddings_on_host=training.embeddings_on_host
-    )
+    is_sharded = parallel.kind == "fsdp2" and ranks.count > 1
+    if is_sharded:
+        weights = WeightSource.of_folder(folder, loaded, storage)
+        model = model_on_meta(folder, loaded, storage=storage, device=device)
+    else:
+        model = load_model(
+            folder, loaded, storage=storage, device=device, embeddings_on_host=training.embeddings_on_host
+        )
     bind(model, **backends)
     fuse_elementwise(model)
     compute_in(model, compute_dtype)
     if adapter.kind == "lora":
-        adapted = add_lora(model, lora_config(loaded, adapter, trained, source), seed=training.seed)
-        require_reached(adapted, trained)
+        model = add_lora(model, lora_config(loaded, adapter, trained, source), seed=training.seed)
+        require_reached(model, trained)
         if begun is not None:
-            put_adapter(adapted, begun, loaded)
-        return adapted
+            put_adapter(model, begun, loaded)
+    else:
+        _train_weights(model, loaded, trained, training)
+    checkpoint_activations(model, training)
+    if is_sharded:
+        shard_model(model, parallel, ranks, weights, device)
+    elif ranks.count > 1:
+        repeat_model(model)
+    return model
+
+
+def checkpoint_activations(model: Any, training: TrainingSpec) -> None:
+    """Have as many layers as the recipe says make their activations again in backward."""
+    if training.activation_checkpointing:
+        causal_of(model).activation_checkpointing_enable(
+            {"use_reentrant": False},
+            every_n_layers=training.activation_checkpointing,
+            offload=training.activation_offloading,
+        )
+
+
+def _train_weights(
+    model: Any, loaded: Architecture, trained: tuple[TrainedWeight, ...], training: TrainingSpec
+) -> None:
+    """Freeze all but some weights, which are trained themselves."""
     names = {name for entry in trained for name in entry.weight.names(text_only=loaded.is_text_only)}
     for name, parameter in causal_of(model).named_parameters():
         parameter.requires_grad_(name in names)
@@ -74,4 +109,3 @@ def prepare_model(
         if name in names and accumulates(training):
             # Sums of bfloat16 gradients would lose what the later micro-batches add.
             parameter.grad_dtype = torch.float32
-    return model

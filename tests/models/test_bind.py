@@ -204,7 +204,7 @@ print(json.dumps(answers.tolist()))
 """
 
 
-@pytest.mark.parametrize("linear", ["torch", "one by one"])
+@pytest.mark.parametrize("linear", ["torch", pytest.param("one by one", marks=pytest.mark.long)])
 def test_greedy_generation_equals_stock_token_for_token(checkpoint, linear):
     """64 tokens of four left-padded prompts are stock's, with a backend that packs and one that cannot."""
 

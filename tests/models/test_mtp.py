@@ -182,7 +182,7 @@ def test_a_layer_that_a_config_promises_and_no_file_holds(tmp_path, name):
     prepared_with(folder, qf.AdapterSpec.full())
 
 
-@pytest.mark.parametrize("roles", [(), ("mtp",)], ids=["all", "alone"])
+@pytest.mark.parametrize("roles", [pytest.param((), marks=pytest.mark.long), ("mtp",)], ids=["all", "alone"])
 def test_training_lowers_its_loss(checkpoint, tmp_path, roles):
     """In bfloat16 and many steps the loss falls; alone, every other weight stays as it was to the bit."""
     asked = recipe(checkpoint, adapter=MTP.on(*roles), max_steps=40, learning_rate=5e-3, dtype="bfloat16")

@@ -219,6 +219,22 @@ def test_backends_are_taken_as_objects_and_names():
         ),
         (lambda: ParallelSpec(processes=8), r"ParallelSpec has no argument 'processes'"),
         (
+            lambda: ParallelSpec.fsdp2(ofload="cpu"),
+            r"ParallelSpec\.fsdp2 has no argument 'ofload'; did you mean 'offload'\?",
+        ),
+        *(
+            (
+                lambda name=name: ParallelSpec.fsdp2(**{name: 2}),
+                rf"ParallelSpec\.fsdp2\({name}=\.\.\.\): {kind} parallelism is not offered\n  Fix: ParallelSpec\.fsdp2\(\)",
+            )
+            for name, kind in (
+                ("tensor_parallel", "tensor"),
+                ("ep", "expert"),
+                ("context_parallel", "context"),
+                ("pp", "pipeline"),
+            )
+        ),
+        (
             lambda: Recipe(MODEL, traning=TrainingSpec()),
             r"Recipe has no argument 'traning'; did you mean 'training'\?",
         ),
@@ -445,6 +461,10 @@ ILL_TYPED = [
     (Recipe, "attention", "an AttentionSpec", ["sdpa", None]),
     (Recipe, "training", "a TrainingSpec", [{"epochs": 1}, None]),
     (Recipe, "parallel", "a ParallelSpec", [8, None]),
+    (ParallelSpec, "kind", "one of 'single', 'ddp', 'fsdp2'", ["fsdp", None, 2]),
+    (ParallelSpec, "offload", '"cpu" or None', ["disk", True, False]),
+    (ParallelSpec, "reshard_after_forward", "True or False", NOT_FLAG),
+    (ParallelSpec, "hybrid", "True or False", NOT_FLAG),
 ]
 
 

@@ -10,6 +10,7 @@ import torch
 
 import qwenft as qf
 from qwenft.data.stream import Batch
+from qwenft.training.prepare import checkpoint_activations
 
 from .helpers import chats, recipe
 
@@ -129,16 +130,9 @@ def test_offloading_keeps_what_layers_are_given_on_the_host(dense_checkpoint, mo
             self.pack_hook = lambda x: offloaded.append(x.shape) or copy(x)
 
     monkeypatch.setattr("transformers.modeling_utils.save_on_cpu", Unpinned)
-    offloading = type(prepared)(  # a plan for a CPU refuses it
-        prepared.model,
-        prepared.tokenizer,
-        prepared.corpus,
-        attrs.evolve(prepared.training, activation_offloading=True),
-        device="cpu",
-        role_of=lambda _: "mlp",
-        identity={},
-    )
-    found = gradients(offloading, batch)
+    # A plan for a CPU refuses it.
+    checkpoint_activations(prepared.model, attrs.evolve(prepared.training, activation_offloading=True))
+    found = gradients(prepared, batch)
     config = prepared.model.config
     assert offloaded == [(1, len(batch.input_ids), config.hidden_size)] * config.num_hidden_layers
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
@@ -194,6 +188,7 @@ def test_an_optimizer_in_backward_rounds_bfloat16_weights_too(dense_checkpoint):
     assert all(p.grad is None for p in prepared.trained.values())
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor:UserWarning"

@@ -281,7 +281,7 @@ def cross_entropy(hidden, batch, head):
     return torch.nn.functional.cross_entropy(head(hidden), batch.labels, reduction="sum")
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_two_runs_on_a_cpu_are_equal_to_the_bit(moe_checkpoint, tmp_path, threads, deterministic):
     """By default a run repeats for a given number of threads, and asking for it changes nothing."""

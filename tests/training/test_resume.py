@@ -113,8 +113,22 @@ def assert_same(run, wanted):
         assert torch.equal(weights(run)[name], weight), name
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "unpacked"])
-@pytest.mark.parametrize("kind", KINDS)
+QUICK = [("lora", True), ("full in bfloat16", False)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "packed"),
+    [
+        pytest.param(
+            kind,
+            packed,
+            id=f"{kind}-{'packed' if packed else 'unpacked'}",
+            marks=[] if (kind, packed) in QUICK else [pytest.mark.long],
+        )
+        for kind in KINDS
+        for packed in (True, False)
+    ],
+)
 def test_a_run_that_is_interrupted_at_every_step(dense_checkpoint, tmp_path, order, kind, packed):
     """Ended after each step of two epochs, and continued each time, a run is the uninterrupted one."""
     plan = recipe(dense_checkpoint, epochs=2, packed=packed, **KINDS[kind]).compile()
@@ -146,7 +160,7 @@ def test_a_run_that_is_interrupted_at_every_step(dense_checkpoint, tmp_path, ord
             assert (tmp_path / "parts" / name / file.name).read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize("step", [1, 4, 5, 7])
+@pytest.mark.parametrize("step", [1, 5, *(pytest.param(step, marks=pytest.mark.long) for step in (4, 7))])
 def test_a_run_that_crashes_between_checkpoints(dense_checkpoint, tmp_path, step):
     """A crash after any step is continued from the checkpoint before it, and what was written since is repeated."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qwenft.plan.rules import adapter, attention, memory, model, run, training
+from qwenft.plan.rules import adapter, attention, memory, model, parallel, run, training
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -50,6 +50,10 @@ RULES: tuple[Callable[[Draft], Iterator[Finding]], ...] = (
     memory.activation_offloading,
     memory.optimizer_in_backward,
     memory.embeddings_on_host,
+    parallel.processes,
+    parallel.parallel_fields,
+    parallel.sharded,
+    parallel.repeated,
     training.compilation,
     training.determinism,
     training.evaluation,

@@ -1,0 +1,115 @@
+"""The processes of a run, started and watched through torch's elastic launcher."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import uuid
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from qwenft.errors import RankError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+_POLL = 0.5  # seconds
+#: What a process says that could not reach another one.
+_ECHOES = ("RankError", "Connection closed by peer", "Connection reset by peer", "recvWait", "DistBackendError")
+
+
+def launch(
+    arguments: Sequence[str],
+    *,
+    processes: int,
+    max_restarts: int,
+    metrics: Path,
+    on_record: Callable[[dict[str, Any]], Any],
+) -> None:
+    """Run ``python -m qwenft`` in several processes on this machine, until all of them have ended.
+
+    Where one fails, the others are ended, and all are started again as often as is allowed. Ctrl-C, a notebook's
+    interrupt and SIGTERM are handed on to them: they end after their step, with a checkpoint.
+
+    Args:
+        arguments: of the command.
+        processes: how many.
+        max_restarts: how often all are started again.
+        metrics: the file to which the first of them adds a line a step.
+        on_record: called with each of these while they run.
+
+    Raises:
+        RankError: one failed; with its traceback.
+    """
+    with tempfile.TemporaryDirectory(prefix="qwenft-") as logs:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",  # any port that is free
+            max_restarts=max_restarts,
+            monitor_interval=_POLL,
+            logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=Std.ALL),
+        )
+        over = Event()
+        watcher = Thread(target=_watch, args=(metrics, on_record, over), daemon=True)
+        watcher.start()
+        try:
+            elastic_launch(config, sys.executable)("-m", "qwenft", *arguments)
+        except ChildFailedError as failed:
+            raise _first_failure(failed) from None
+        except (KeyboardInterrupt, SignalException):
+            pass  # they were told, and waited for
+        finally:
+            over.set()
+            watcher.join()
+
+
+def _watch(metrics: Path, on_record: Callable[[dict[str, Any]], Any], over: Event) -> None:
+    """Hand on what is added to the metrics, and not what was there before."""
+    done = metrics.stat().st_size if metrics.exists() else 0
+    while True:
+        is_over = over.wait(_POLL)
+        if metrics.exists():
+            done = min(done, metrics.stat().st_size)  # a run that goes on cuts off what it repeats
+            with metrics.open("rb") as lines:
+                lines.seek(done)
+                for line in lines:
+                    if line.endswith(b"\n"):
+                        done += len(line)
+                        on_record(json.loads(line))
+        if is_over:
+            return
+
+
+def _first_failure(failed: ChildFailedError) -> RankError:
+    """What went wrong in the process that the others failed for."""
+    rank, failure = min(failed.failures.items(), key=lambda item: (_is_echo(item[1]), item[1].timestamp))
+    problem = f"rank {rank}: {_said(failure)}"
+    if failure.exitcode < 0:
+        problem = f"rank {rank} was ended by {failure.signal_name()}, and the others with it"
+    traceback = (
+        failure.message.get("extraInfo", {}).get("py_callstack") if isinstance(failure.message, dict) else None
+    )
+    fix = "the same launch() again: it goes on from the last checkpoint"
+    return RankError(problem, fix=fix, rank=rank, traceback=traceback)
+
+
+def _is_echo(failure: ProcessFailure) -> bool:
+    """Whether a process failed since another one had, or was ended for it."""
+    return failure.signal_name() == "SIGTERM" or any(sign in _said(failure) for sign in _ECHOES)
+
+
+def _said(failure: ProcessFailure) -> str:
+    message: Any = failure.message
+    return str(message["message"] if isinstance(message, dict) else message)
