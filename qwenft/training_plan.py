@@ -205,6 +205,13 @@ class TrainingPlan:
         return state_bytes(draft.architecture, draft.trained, draft.training, draft.storage, shards=shards)
 
     @property
+    def checkpoint_bytes(self) -> int:
+        """What a checkpoint of a run takes, whatever its processes share: trained parameters and their moments."""
+        draft = self.draft
+        whole = state_bytes(draft.architecture, draft.trained, draft.training, draft.storage)
+        return whole.trained + whole.optimizer
+
+    @property
     def storage(self) -> tuple[StorageRow, ...]:
         """How the weights of each role are held, and the bytes that takes; those that are trained included."""
         masters = tuple(entry.weight for entry in self.draft.trained if entry.how == "itself")

@@ -138,6 +138,10 @@ def add_lora(model: Any, config: peft.LoraConfig, *, seed: int, on_meta: bool = 
     model.name_or_path = config.base_model_name_or_path
     with _as_peft_expects(model, config, seed):
         adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=on_meta)
+    for module in adapted.modules():
+        if isinstance(module, BaseTunerLayer) and getattr(module, "lora_magnitude_vector", None):
+            # Beside weights that are not there yet, what peft took for their lengths is none.
+            module.lora_magnitude_vector.to(module.get_base_layer().weight.device)
     _use_own_layers(adapted)
     return adapted
 

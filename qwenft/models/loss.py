@@ -100,7 +100,7 @@ def token_scores(
             logits = kept_SH.new_empty((len(kept_labels[part]), head.out_features), dtype=torch.float32)
             _logits(kept_SH[part], head.weight, logits)
         else:
-            logits = head(kept_SH[part]).float()
+            logits = head.forward(kept_SH[part]).float()
         each = F.cross_entropy(logits, kept_labels[part], reduction="none")
         loss += float((each * kept_weights[part]).sum())
         correct += float(((logits.argmax(dim=-1) == kept_labels[part]) * kept_weights[part]).sum())
@@ -137,7 +137,8 @@ def _parts(rows: int, limit: int, columns: int) -> Iterator[slice]:
 def _logits_loss(
     head: Any, terms: _Terms, hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    logits = head(hidden).float()
+    # Not as a call: where the head is shared out, its hooks would gather it again for every chunk.
+    logits = head.forward(hidden).float()
     each = F.cross_entropy(logits, labels, reduction="none", label_smoothing=terms.smoothing)
     if terms.z:
         each = each + terms.z * logits.logsumexp(dim=-1).square()

@@ -163,7 +163,7 @@ def activations_text(training: TrainingSpec) -> str:
 
 def disk_text(plan: TrainingPlan) -> str:
     """What the checkpoints of a run take."""
-    training, one = plan.recipe.training, plan.state.trained + plan.state.optimizer
+    training, one = plan.recipe.training, plan.checkpoint_bytes
     interval = "every tenth of the run" if training.save_every is None else f"every {training.save_every:,} steps"
     kept = training.keep_checkpoints + (training.keep_best and 1)
     return f"a checkpoint of {bytes_text(one)} {interval}, {kept} kept: {bytes_text(kept * one)}"

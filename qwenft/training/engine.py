@@ -115,7 +115,8 @@ class Prepared:
     @property
     def state_bytes(self) -> int:
         """What this process holds of weights, their scales, gradients and optimizer, in bytes."""
-        return state_bytes(self.model, self.trained, self.optimizer)
+        in_backward = self.training.optimizer_in_backward
+        return state_bytes(self.model, self.trained, self.optimizer, in_backward=in_backward)
 
     def batches(self, epoch: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of every step of an epoch."""

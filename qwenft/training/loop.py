@@ -128,6 +128,7 @@ class _Course:
     listeners: Listeners
     evaluated: list[dict[str, Any]] = attrs.field(init=False)
     writing: Writing | None = None
+    state_bytes: int | None = None
 
     def __attrs_post_init__(self) -> None:
         self.evaluated = [record for record in self.history if "held_out_loss" in record]
@@ -191,9 +192,10 @@ class _Course:
     def held(self, planned: int) -> dict[str, int]:
         """The memory of the process that took the most of it, and the state that is planned for one alone."""
         prepared = self.prepared
-        state = planned if prepared.ranks.count == 1 else prepared.state_bytes
-        peaks, states = zip(*prepared.ranks.gather((peak_bytes(prepared.device), state)), strict=True)
-        return {"peak_bytes": max(peaks), "state_bytes": max(states)}
+        if self.state_bytes is None:  # the same from the first step on
+            self.state_bytes = planned if prepared.ranks.count == 1 else prepared.state_bytes
+        held = prepared.ranks.gather((peak_bytes(prepared.device), self.state_bytes))
+        return {"peak_bytes": max(peak for peak, _ in held), "state_bytes": max(state for _, state in held)}
 
     def save(self, step: int) -> None:
         """Write a checkpoint; several processes go on while it is written."""

@@ -53,7 +53,8 @@ def repeat_model(model: Any) -> None:
     """Have every process hold the model; ``within`` averages the gradients of all (DistributedDataParallel)."""
     causal = causal_of(model)
     repeated = DistributedDataParallel(_Within(causal), broadcast_buffers=False, init_sync=False)
-    setattr(causal, _CALL, repeated)
+    # A function: the model must not become a part of itself.
+    setattr(causal, _CALL, lambda function, *args: repeated(function, *args))  # noqa: PLW0108 - see above
 
 
 class _Within(torch.nn.Module):
@@ -162,8 +163,8 @@ def _read(causal: Any, source: WeightSource, device: str, held_on: str) -> None:
 
 def _initial(causal: Any, name: str, source: WeightSource) -> torch.Tensor:
     """What peft makes of a weight as it begins: the lengths of its rows for DoRA, or the rows of some tokens."""
-    module, _, part = _WRAPPERS.sub("", name).rpartition(".lora_magnitude_vector.")
-    if part:
+    module, of_dora, _ = _WRAPPERS.sub("", name).partition(".lora_magnitude_vector.")
+    if of_dora:
         weight = source.read(f"{module}.weight", "cpu")
         return torch.linalg.norm(weight, dim=1).to(weight.dtype)
     layer = causal.get_submodule(name.rpartition(".trainable_tokens_delta")[0])

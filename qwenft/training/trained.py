@@ -173,21 +173,24 @@ def _part(parameter: torch.nn.Parameter, training: TrainingSpec) -> torch.nn.Par
     return part
 
 
-def state_bytes(model: Any, parts: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> int:
+def state_bytes(
+    model: Any, parts: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, *, in_backward: bool
+) -> int:
     """The bytes of what this process holds from step to step: weights, their scales, gradients and moments.
 
-    A gradient is counted as it is at the end of backward, whether it is there at the moment or not.
+    Gradients are counted as they are at the end of backward, whether they are there at the moment or not; the
+    largest alone where the optimizer steps ``in_backward``.
     """
     weights = sum(local_of(parameter).nbytes for parameter in model.parameters())
     scales = sum(map(_scale_bytes, scales_of(model)))
-    gradients = sum(part.numel() * (part.grad_dtype or part.dtype).itemsize for part in parts.values())
+    gradients = [part.numel() * (part.grad_dtype or part.dtype).itemsize for part in parts.values()]
     moments = sum(
         value.nbytes
         for kept in optimizer.state.values()
         for key, value in kept.items()
         if isinstance(value, torch.Tensor) and not key.startswith("qmap")  # which all share
     )
-    return weights + scales + gradients + moments
+    return weights + scales + moments + (max if in_backward else sum)(gradients)
 
 
 def scales_of(model: Any) -> list[Any]:

@@ -22,8 +22,9 @@ def trained(recipe):
     found, gradients = {"losses": [], "norms": [], "micro_batches": [], "tokens": []}, {}
 
     def keep(*_):
-        if not gradients:
-            gradients.update({f"gradient {n}": p.grad.clone() for n, p in prepared.trained.items() if p.numel()})
+        for name, part in prepared.trained.items():
+            if prepared.steps_done == 0 and part.grad is not None and part.numel():
+                gradients[f"gradient {name}"] = part.grad.clone()
 
     prepared.optimizer.register_step_pre_hook(keep)
     for _, batches in prepared.remaining():

@@ -75,8 +75,11 @@ LONG = {
     "moe full": ("moe", FULL, {}),
     "vision full": ("vision", FULL, {}),
     "moe-vision lora": ("moe-vision", LORA.on("full_attention", "routed_experts", "router", "vision"), {}),
-    "dense head": ("dense", LORA.on("mlp", "lm_head", "embeddings"), {}),
-    "dense copies": ("dense", LORA.on("mlp").train_fully("lm_head", "norms").train_tokens(3, 5), {}),
+    "moe head": ("moe", LORA.on("shared_expert", "lm_head", "embeddings"), {}),
+    "moe copies": ("moe", LORA.on("shared_expert").train_fully("lm_head", "norms"), {}),
+    "moe tokens": ("moe", LORA.on("shared_expert").train_tokens(3, 5), {}),
+    "dense copies": ("dense", LORA.on("mlp").train_fully("embeddings", "norms"), {}),
+    "dense tokens": ("dense", LORA.on("mlp").train_tokens(3, 5), {}),
     "dense dora": ("dense", qf.AdapterSpec.lora(rank=4, dora=True), {}),
     "dense mtp": ("dense", FULL.train_mtp(0.3), {}),
     "dense full 8bit": ("dense", FULL, {"optimizer": "adamw_8bit"}),
@@ -108,6 +111,15 @@ def case(checkpoints, pictures, name, *, steps):
     )
 
 
+def of_one_process(recipe, count):
+    """The recipe that does in one process what another one does in several."""
+    recipe = recipe.with_parallel(qf.ParallelSpec.single())
+    if not recipe.training.optimizer_in_backward:
+        return recipe
+    # A step is a row of each process: of one that has them all, it is several micro-batches.
+    return recipe.with_training(optimizer_in_backward=False, tokens_per_step=128 * count)
+
+
 def run_in_ranks(folder, count, nodes=("--standalone",)):
     """Start ``in_ranks.py`` on the recipes of a folder, in so many processes on each node, of options of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
@@ -124,7 +136,7 @@ def run_in_ranks(folder, count, nodes=("--standalone",)):
     ]
     for process in started:
         said, _ = process.communicate(timeout=1800)
-        assert process.returncode == 0, said[-6000:]
+        assert process.returncode == 0, said[-20000:]
 
 
 def gathered(folder, name, count):
@@ -156,7 +168,7 @@ def results(checkpoints, pictures, count, tmp_path_factory, request):
     for name, recipe in recipes.items():
         recipe.save(folder / f"{name}.recipe.json")
     run_in_ranks(folder, count)
-    alone = {name: trained(recipe.with_parallel(qf.ParallelSpec.single())) for name, recipe in recipes.items()}
+    alone = {name: trained(of_one_process(recipe, count)) for name, recipe in recipes.items()}
     return {name: (*alone[name], *gathered(folder, name, count)) for name in names}
 
 
@@ -165,6 +177,8 @@ def test_several_processes_train_as_one(results, name):
     """Losses, first gradients and last weights are those of one process on the same data."""
     tensors, alone, parts, found = results[name]
     limit = 5e-4 if name.startswith("moe") else 1e-4 if "nf4" in name or "int8" in name else 1e-5
+    if "8bit" in name:  # moments are quantized in blocks of what each process has, which are other ones
+        limit = 2e-3
     for own in found:
         assert own["losses"] == pytest.approx(alone["losses"], abs=limit)
         assert own["norms"] == pytest.approx(alone["norms"], rel=10 * limit)
