@@ -105,7 +105,7 @@ def shard_model(model: Any, parallel: ParallelSpec, ranks: Ranks, source: Weight
     for module in (causal, causal.lm_head):
         setattr(module, _CALL, _call)
         register_fsdp_forward_method(module, _CALL)
-    _read(causal, source, "cpu" if parallel.offload else device, device)
+    _read(causal, source, device, held_on="cpu" if parallel.offload else device)
 
 
 def _units(causal: Any) -> Iterator[Any]:
@@ -135,8 +135,11 @@ def _whole(causal: Any, source: WeightSource) -> dict[str, torch.nn.Parameter]:
 
 
 @torch.no_grad()
-def _read(causal: Any, source: WeightSource, device: str, held_on: str) -> None:
-    """Give every parameter that is on the meta device this process's part of what the files hold."""
+def _read(causal: Any, source: WeightSource, device: str, *, held_on: str) -> None:
+    """Give every parameter that is on the meta device this process's part of what the files hold.
+
+    Weights are quantized on ``device``, where they are gathered, and parts ``held_on`` it or the host.
+    """
     wanted = [name for name, parameter in causal.named_parameters() if parameter.is_meta]
     causal._apply(  # noqa: SLF001 - to_empty would empty the adapters too
         lambda tensor: torch.empty_like(tensor, device=held_on) if tensor.is_meta else tensor
@@ -177,7 +180,8 @@ def _initial(causal: Any, name: str, source: WeightSource) -> torch.Tensor:
 
 def _give_scales(causal: Any, unit: Any, scales: list[tuple[str, str, Any]]) -> None:
     """Put the scales of quantized weights beside these whenever they have been gathered."""
-    inside = set(unit.modules())
+    others: list[Any] = [m for m in unit.modules() if isinstance(m, FSDPModule) and m is not unit]
+    inside = set(unit.modules()).difference(*(module.modules() for module in others))
     mine = [
         (module, attribute, kind, held)
         for name, kind, held in scales

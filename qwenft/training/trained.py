@@ -34,21 +34,22 @@ class Trained:
         parameters: of the model, by name.
         parts: of each what this process updates: a shard of it, which shares its memory, or itself.
         whole: those beside sharded ones that every process holds; nobody else adds up their gradients.
+        is_sharded: this process has but parts of the model.
     """
 
     def __init__(self, model: Any, training: TrainingSpec, ranks: Ranks) -> None:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.parts = {name: _part(p, training) for name, p in self.parameters.items()}
         self._ranks = ranks
-        self._sharded = {name for name, p in self.parameters.items() if isinstance(p, DTensor)}
-        self.whole = [p for name, p in self.parameters.items() if self._sharded and name not in self._sharded]
+        self.is_sharded = any(isinstance(p, DTensor) for p in model.parameters())
+        self._sharded: dict[str, Any] = {n: p for n, p in self.parameters.items() if isinstance(p, DTensor)}
+        self.whole = [p for name, p in self.parameters.items() if self.is_sharded and name not in self._sharded]
 
     def take_gradients(self) -> None:
         """Add the gradients of a backward pass to those of the parts."""
-        for name in self._sharded:
-            parameter, part = self.parameters[name], self.parts[name]
+        for name, parameter in self._sharded.items():
             if parameter.grad is not None:
-                take_gradient(parameter, part)
+                take_gradient(parameter, self.parts[name])
 
     @torch.no_grad()
     def sum_whole(self) -> None:
@@ -69,21 +70,16 @@ class Trained:
         """Of all gradients, of the norms of those that every process has and of its parts of the others."""
         if not self._sharded:
             return whole
-        some = next(self.parameters[name] for name in self._sharded)
+        mesh = next(iter(self._sharded.values())).device_mesh
         # Where the model is repeated over nodes, every part is summed once for each of them.
-        copies = some.device_mesh.size(0) if some.device_mesh.ndim == 2 else 1
+        copies = mesh.size(0) if mesh.ndim == 2 else 1
         total = self._ranks.sum([float(shards.double().square())])[0] / copies
         return torch.tensor(total + float(whole.double().square()), dtype=torch.float64).sqrt().float()
 
     @property
-    def is_sharded(self) -> bool:
-        """Whether this process has but parts of them."""
-        return bool(self._sharded)
-
-    @property
     def averaged_over(self) -> int:
         """By what the sum of the gradients has been divided: DistributedDataParallel averages them."""
-        return 1 if self._sharded else self._ranks.count
+        return 1 if self.is_sharded else self._ranks.count
 
     def to_write(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What this process is to write of tensors, by names such as "parameter" or "parameter:moment"."""
@@ -134,7 +130,7 @@ class Trained:
         return name in self._sharded and shape == self.parts[name].shape
 
     def _is_first_copy(self, name: str) -> bool:
-        mesh = self.parameters[name].device_mesh
+        mesh = self._sharded[name].device_mesh
         return mesh.ndim == 1 or mesh.get_local_rank(0) == 0
 
 
