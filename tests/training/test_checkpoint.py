@@ -39,7 +39,7 @@ def test_a_checkpoint_is_safetensors_and_a_manifest(saved):
         "random.safetensors",
     }
     manifest = json.loads((path / "manifest.json").read_text())
-    assert manifest["format"] == 2
+    assert manifest["format"] == 3
     assert manifest["step"] == 2
     assert manifest["next"] == {"epoch": 0, "row": 2, "read": 0, "digest": ""}
     assert manifest["environment"]["torch"] == version("torch")
@@ -116,10 +116,10 @@ def test_a_damaged_file_is_named_and_nothing_is_loaded(saved, name, damage, prob
     ("content", "problem"),
     [
         ("", "is damaged: JSONDecodeError"),
-        ('{"format": 2', "is damaged: JSONDecodeError"),
+        ('{"format": 3', "is damaged: JSONDecodeError"),
         ("[]", "is damaged: TypeError"),
         ('{"files": {}}', "is damaged: KeyError"),
-        ('{"format": 1, "files": {}}', "expected a checkpoint of format 2, got 1"),
+        ('{"format": 1, "files": {}}', "expected a checkpoint of format 3, got 1"),
     ],
 )
 def test_a_manifest_that_is_none(tmp_path, content, problem):
