@@ -11,7 +11,14 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        # The one that takes the longest.
+        pytest.param(path, id=path.stem, marks=pytest.mark.long if path.stem.startswith("03") else [])
+        for path in NOTEBOOKS
+    ],
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_notebook_runs_as_it_stands(path, tmp_path):
     """A notebook executes from its first cell to its last without an error."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import tempfile
+import threading
 import uuid
+from contextlib import contextmanager
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +19,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from qwenft.errors import RankError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -65,7 +68,8 @@ def launch(
         watcher = Thread(target=_watch, args=(metrics, on_record, over), daemon=True)
         watcher.start()
         try:
-            elastic_launch(config, sys.executable)("-m", "qwenft", *arguments)
+            with _own_handlers():
+                elastic_launch(config, sys.executable)("-m", "qwenft", *arguments)
         except ChildFailedError as failed:
             raise _first_failure(failed) from None
         except (KeyboardInterrupt, SignalException):
@@ -73,6 +77,19 @@ def launch(
         finally:
             over.set()
             watcher.join()
+
+
+@contextmanager
+def _own_handlers() -> Iterator[None]:
+    """Leave the handlers of signals as they were: the launcher puts its own in their place, for good."""
+    in_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()} if in_main else {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None and signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
 
 
 def _watch(metrics: Path, on_record: Callable[[dict[str, Any]], Any], over: Event) -> None:

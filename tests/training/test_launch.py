@@ -19,8 +19,6 @@ from .faults import dying, failing
 from .helpers import chats, comparable, recipe, written
 from .test_shards import ROOT
 
-# torch's launcher leaves the files that it sends the output of processes to for the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 LORA = qf.AdapterSpec.lora(rank=4)
 #: What a step of several processes has of its own, or counts in another order.
 OWN = {"ranks", "state_bytes", "grad_norm", "loss", "held_out_loss", "held_out_perplexity"}
@@ -47,8 +45,10 @@ def alone(dense_checkpoint, tmp_path_factory):
 
 def test_a_notebook_starts_all_processes(dense_checkpoint, alone, tmp_path):
     """What two processes leave is what one leaves, in half the memory each; the run is used as any other."""
+    handler = signal.getsignal(signal.SIGINT)
     run = shared(dense_checkpoint, evaluate_every=4).compile().launch(tmp_path / "run", processes=2)
     assert run.ending == "finished"
+    assert signal.getsignal(signal.SIGINT) is handler
     assert len(run.history) == len(alone.history)
     for own, expected in zip(comparable(run.history), comparable(alone.history), strict=True):
         assert own.keys() == expected.keys()
