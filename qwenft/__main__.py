@@ -36,7 +36,9 @@ def _train(chosen: argparse.Namespace) -> None:
     plan = ranks.together(lambda: Recipe.load(chosen.recipe, allow_modules=chosen.allow_module).compile())
     if ranks.is_first:
         print(plan.explain())
-    run = plan.train(chosen.run_dir, chosen.resume)
+    # Started again after a failure, they go on with what they began.
+    is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    run = plan.train(chosen.run_dir, "auto" if is_restart else chosen.resume)
     if ranks.is_first:
         print(run)
     ranks.leave()

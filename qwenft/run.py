@@ -340,9 +340,10 @@ def launch(
                 processes=processes,
                 max_restarts=max_restarts,
                 metrics=folder.metrics,
+                after=folder.history[-1]["step"] if folder.history else -1,
                 on_record=on_record,
             )
-    history = [json.loads(line) for line in folder.metrics.read_text("utf-8").splitlines()]
+    history = folder.history
     ended = (path / "adapter").exists() or (path / "model").exists()
     is_early = ended and history[-1]["step"] < plan.data.steps
     ending = loop.STOPPED_EARLY if is_early else loop.FINISHED if ended else loop.INTERRUPTED

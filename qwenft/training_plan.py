@@ -433,7 +433,7 @@ class TrainingPlan:
                 fix='export(path, base="dequantized"), or a run from the checkpoint that it was made of',
                 path=path,
             )
-        if base == "dequantized" and self.ranks.count > 1:
+        if base == "dequantized" and self.ranks.count > 1 and self.recipe.parallel.kind == "fsdp2":
             raise CheckpointError(
                 f"the quantized weights of {self._folder} are shared out over {self.ranks.count} processes",
                 fix="the same in one process, of the finished run",

@@ -188,16 +188,16 @@ class Prepared:
             total = total + auxiliary * batch.tokens * routing.load_balancing_loss(per_token)
         return total
 
-    def _at_head(self, function: Callable[..., torch.Tensor], hidden: torch.Tensor, *args: Any) -> torch.Tensor:
+    def _at_head(self, function: Callable[..., Any], hidden: torch.Tensor, *args: Any) -> Any:
         """What a function of hidden states, the head and more returns, where the head's weights are whole."""
         return within(causal_of(self.model).lm_head, function, hidden, output_head(self.model), *args)
 
     def _seen_by_all(self, batch: Batch) -> Batch:
-        """A micro-batch that goes through the tower where that of another process may."""
-        if self.ranks.count == 1 or batch.vision is not None or not self.corpus.report.vision_tokens:
+        """A micro-batch that goes through the tower, if there is one, as that of another process may."""
+        tower = getattr(causal_of(self.model).model, "visual", None)
+        if self.ranks.count == 1 or batch.vision is not None or tower is None:
             return batch
-        shape = causal_of(self.model).model.visual.config
-        return attrs.evolve(batch, vision=VisionInputs.blank(batch.layout, shape))
+        return attrs.evolve(batch, vision=VisionInputs.blank(batch.layout, tower.config))
 
     def _refuse_images(self) -> None:
         """Before the first step where images are known of; in a stream they may come later."""
@@ -214,7 +214,7 @@ class Prepared:
         Raises:
             DataError: there are images, of which the layer would see the placeholders.
         """
-        if batch.vision is not None:
+        if batch.vision is not None and len(batch.vision.places):
             self._refuse_images()
         shifted = one_token_on(batch)
 
@@ -380,7 +380,7 @@ class Prepared:
         return Evaluation(loss=loss / tokens, accuracy=correct / tokens, tokens=tokens)
 
     def _scores(self, batch: Batch) -> Any:
-        return self._at_head(token_scores, *self._supervised(batch, self.hidden))  # type: ignore[arg-type]
+        return self._at_head(token_scores, *self._supervised(batch, self.hidden))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write all that :meth:`load` needs to go on to the bit: a new folder, whole or not at all.

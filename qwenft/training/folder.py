@@ -171,6 +171,11 @@ class RunFolder:
         """One JSON object a step."""
         return self.path / "metrics.jsonl"
 
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The records of the metrics."""
+        return _whole_lines(self.metrics) if self.metrics.exists() else []
+
     def append(self, name: str, values: dict[str, Any]) -> None:
         """Add a line to a file of JSON lines."""
         with (self.path / name).open("a", encoding="utf-8") as lines:
@@ -203,7 +208,7 @@ class RunFolder:
                 kept = [record for record in _whole_lines(self.path / name) if record["step"] <= step]
                 write_atomically(self.path / name, "".join(f"{json.dumps(r, ensure_ascii=False)}\n" for r in kept))
         self.flush()
-        return _whole_lines(self.metrics) if self.metrics.exists() else []
+        return self.history
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -35,6 +36,7 @@ def launch(
     processes: int,
     max_restarts: int,
     metrics: Path,
+    after: int,
     on_record: Callable[[dict[str, Any]], Any],
 ) -> None:
     """Run ``python -m qwenft`` in several processes on this machine, until all of them have ended.
@@ -47,10 +49,12 @@ def launch(
         processes: how many.
         max_restarts: how often all are started again.
         metrics: the file to which the first of them adds a line a step.
-        on_record: called with each of these while they run.
+        after: the last step that is in it already.
+        on_record: called with the line of each later step while they run.
 
     Raises:
         RankError: one failed; with its traceback.
+        KeyboardInterrupt: they were interrupted before the first step was written.
     """
     with tempfile.TemporaryDirectory(prefix="qwenft-") as logs:
         config = LaunchConfig(
@@ -65,15 +69,16 @@ def launch(
             logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=Std.ALL),
         )
         over = Event()
-        watcher = Thread(target=_watch, args=(metrics, on_record, over), daemon=True)
+        watcher = Thread(target=_watch, args=(metrics, after, on_record, over), daemon=True)
         watcher.start()
         try:
             with _own_handlers():
                 elastic_launch(config, sys.executable)("-m", "qwenft", *arguments)
         except ChildFailedError as failed:
             raise _first_failure(failed) from None
-        except (KeyboardInterrupt, SignalException):
-            pass  # they were told, and waited for
+        except (KeyboardInterrupt, SignalException):  # they were told, and waited for
+            if not metrics.exists():
+                raise KeyboardInterrupt from None
         finally:
             over.set()
             watcher.join()
@@ -92,19 +97,24 @@ def _own_handlers() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def _watch(metrics: Path, on_record: Callable[[dict[str, Any]], Any], over: Event) -> None:
-    """Hand on what is added to the metrics, and not what was there before."""
-    done = metrics.stat().st_size if metrics.exists() else 0
+def _watch(metrics: Path, after: int, on_record: Callable[[dict[str, Any]], Any], over: Event) -> None:
+    """Hand on the record of every step behind ``after``, once; those that are repeated are not told again."""
+    file, done = None, 0
     while True:
         is_over = over.wait(_POLL)
         if metrics.exists():
-            done = min(done, metrics.stat().st_size)  # a run that goes on cuts off what it repeats
             with metrics.open("rb") as lines:
+                if (found := os.fstat(lines.fileno()).st_ino) != file:
+                    file, done = found, 0  # a run that goes on writes it anew, without what it repeats
                 lines.seek(done)
                 for line in lines:
-                    if line.endswith(b"\n"):
-                        done += len(line)
-                        on_record(json.loads(line))
+                    if not line.endswith(b"\n"):
+                        break
+                    done += len(line)
+                    record = json.loads(line)
+                    if record["step"] > after:
+                        after = record["step"]
+                        on_record(record)
         if is_over:
             return
 

@@ -139,12 +139,11 @@ class Ranks:
         Raises:
             RankError: it failed there.
         """
-        found = self.together(lambda: function() if self.is_first else None)
-        if self.count == 1:
-            return found  # type: ignore[return-value]
-        held = [found]
-        dist.broadcast_object_list(held)
-        return held[0]  # type: ignore[return-value]
+        held: list[Any] = [self.together(lambda: function() if self.is_first else None)]
+        if self.count > 1:
+            dist.broadcast_object_list(held)
+        found: T = held[0]
+        return found
 
     def first_then_others(self, function: Callable[[], T]) -> T:
         """Call a function in the first of them, and then, where it has left its files, in the others."""

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 import qwenft as qf
+from qwenft.training.launch import _watch
 from qwenft.training.ranks import Ranks
 
 from .faults import dying, failing
@@ -81,10 +83,33 @@ def test_killed_processes_are_started_again(dense_checkpoint, alone, tmp_path, m
     (tmp_path / "dying").write_text(json.dumps(kills))
     monkeypatch.setenv("DYING", str(tmp_path / "dying"))
     plan = shared(dense_checkpoint).with_training(loss=dying).compile()
-    run = plan.launch(tmp_path / "run", processes=2, max_restarts=2, progress=False)
+    run = plan.launch(tmp_path / "run", processes=2, resume="never", max_restarts=2, progress=False)
     assert run.ending == "finished"
     assert json.loads((tmp_path / "dying").read_text()) == []
     assert losses(tmp_path / "run") == pytest.approx(losses(alone.folder), abs=1e-5)
+
+
+def test_every_step_is_told_once(tmp_path):
+    """What a run that was started again repeats is not told anew, and half a line is not told yet."""
+    metrics, told, over = tmp_path / "metrics.jsonl", [], threading.Event()
+    metrics.write_text("".join(f'{{"step": {step}}}\n' for step in (0, 1, 2)))
+    watcher = threading.Thread(
+        target=_watch, args=(metrics, 1, lambda record: told.append(record["step"]), over), daemon=True
+    )
+    watcher.start()
+    with metrics.open("a") as lines:
+        lines.write('{"step": 3}\n{"step": ')
+    deadline = time.monotonic() + 20
+    while told != [2, 3]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (tmp_path / "anew").write_text('{"step": 0}\n{"step": 1}\n')
+    (tmp_path / "anew").replace(metrics)
+    with metrics.open("a") as lines:
+        lines.write("".join(f'{{"step": {step}}}\n' for step in (2, 3, 4)))
+    over.set()
+    watcher.join()
+    assert told == [2, 3, 4]
 
 
 @pytest.mark.long
