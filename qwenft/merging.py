@@ -62,7 +62,7 @@ def write_export(
     *,
     adapter: Adapter | None = None,
     computed: Mapping[str, Callable[..., Any]] | None = None,
-    run: Callable[[Any], Any] | None = None,
+    run: Any = None,
     exact: bool = False,
 ) -> Path:
     """Write, prove and name an export.
@@ -74,7 +74,7 @@ def write_export(
         checkpoint: the architecture of the whole base.
         adapter: what ``learned`` is made of; None after full fine-tuning.
         computed: what gives the weights that a run computed with, where it is merged into them.
-        run: gives the logits [T, V] of the run for tokens [T].
+        run: the logits [T, V] of the run for the tokens of ``probe_ids``.
         exact: the run computes in float32 what stock does.
 
     Raises:
@@ -111,7 +111,7 @@ def _compare(
     folder: Path,
     checkpoint: Architecture,
     adapter: Adapter | None,
-    run: Callable[[Any], Any] | None,
+    run: Any,
 ) -> dict[str, float]:
     """How far logits are from each other, as the largest difference relative to the largest value."""
     from qwenft.models.probe import distance, logits_of_files, probe_ids
@@ -124,7 +124,7 @@ def _compare(
         beside = logits_of_files(source, text, ids, adapter)
         found |= {"base_to_adapter": distance(base, beside), "adapter_to_export": distance(beside, export)}
     if run is not None:
-        found["run_to_export"] = distance(run(ids), export)
+        found["run_to_export"] = distance(run, export)
     return found
 
 

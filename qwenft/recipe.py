@@ -106,7 +106,7 @@ class Recipe:
             PlanError: with all that is wrong.
             CheckpointError: the model cannot be found, or is of another family.
         """
-        from qwenft.training_plan import compile_recipe
+        from qwenft.compilation import compile_recipe
 
         return compile_recipe(self, machine, strict=strict)
 

@@ -75,27 +75,18 @@ def load_model(
     return _finished(model, loaded, storage, device)
 
 
-def model_on_meta(folder: Path, loaded: Architecture, *, storage: Storage, device: str = "cpu") -> Any:
+def model_on_meta(loaded: Architecture, source: WeightSource, *, device: str = "cpu") -> Any:
     """The model as :func:`load_model` would give it, with all its weights on the meta device still.
 
     Args:
-        folder: the checkpoint, of which the config alone is read.
-        loaded: the part of it to load.
-        storage: dtypes, and what is quantized.
+        loaded: the part of the checkpoint to load.
+        source: of its weights, none of which is read.
         device: "cpu" or "cuda", of its rotary tables.
     """
-    model = skeleton(folder, loaded)
-    for weight in inventory(loaded):
-        for name in weight.names(text_only=loaded.is_text_only):
-            if storage.is_quantized(weight, name):
-                _put(model, name, quantized_on_meta(weight.shape, storage))
-            else:
-                _put(
-                    model,
-                    name,
-                    torch.empty(weight.shape, dtype=getattr(torch, storage.dtype_of(weight)), device="meta"),
-                )
-    return _finished(model, loaded, storage, device)
+    model = skeleton(source.files.folder, loaded)
+    for name in source.weights:
+        _put(model, name, source.on_meta(name))
+    return _finished(model, loaded, source.storage, device)
 
 
 def _put(model: Any, name: str, held: torch.Tensor) -> None:
@@ -146,6 +137,13 @@ class WeightSource:
         }
         return cls(files, named, storage)
 
+    def on_meta(self, name: str) -> torch.Tensor:
+        """A parameter as :meth:`read` gives it, which takes no memory."""
+        weight = self.weights[name]
+        if self.storage.is_quantized(weight, name):
+            return quantized_on_meta(weight.shape, self.storage)
+        return torch.empty(weight.shape, dtype=self._dtype(weight), device="meta")
+
     def read(self, name: str, device: str) -> torch.Tensor:
         """A parameter; quantized, it is one of bitsandbytes, and else a tensor of its own, no view of the file."""
         weight = self.weights[name]
@@ -156,7 +154,7 @@ class WeightSource:
     def rows(self, name: str, rows: slice, device: str) -> torch.Tensor:
         """Some rows, or experts, of a parameter that is not quantized; no other is read."""
         weight = self.weights[name]
-        dtype = getattr(torch, self.storage.dtype_of(weight))
+        dtype = self._dtype(weight)
         count, *shape = weight.shape
         if weight.kind != "experts":
             whole = len(range(count)[rows]) == count
@@ -166,6 +164,10 @@ class WeightSource:
         for number, expert in enumerate(self.files.experts(name, count, rows)):
             stack[number] = checked(self.files, name, expert, tuple(shape))
         return stack
+
+    def _dtype(self, weight: Weight) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.storage.dtype_of(weight))
+        return dtype
 
 
 def skeleton(folder: Path, loaded: Architecture) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _TEXT_ALONE = "base_model.model.model."
 _IN_VISION_LANGUAGE = "base_model.model.model.language_model."
 _VISION = "base_model.model.model.visual."
+_WRAPPERS = re.compile(r"\.(base_layer|original_module|token_adapter|modules_to_save\.default)\b")
 
 
 @contextmanager
@@ -285,6 +287,11 @@ def require_reached(model: Any, trained: tuple[TrainedWeight, ...]) -> None:
 def base_name(parameter: str) -> str:
     """A parameter's name without what peft puts before those of the model it wraps."""
     return parameter.removeprefix("base_model.model.")
+
+
+def unwrapped(name: str) -> str:
+    """The name of a weight, or of what is beside or instead of one, without what peft wraps it in."""
+    return _WRAPPERS.sub("", name)
 
 
 def adapter_of(model: Any, *, text_only_names: bool) -> tuple[peft.LoraConfig, dict[str, torch.Tensor]]:

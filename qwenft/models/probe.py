@@ -14,7 +14,7 @@ from qwenft.kernels.layout import SequenceLayout
 from qwenft.models.bind import bind, causal_of, decoder_of, hidden_states
 from qwenft.models.export import Part, updates
 from qwenft.models.load import skeleton
-from qwenft.models.lora import add_lora, lora_config, put_adapter
+from qwenft.models.lora import add_lora, lora_config, put_adapter, unwrapped
 from qwenft.models.precision import compute_in
 from qwenft.models.quantize import read_dense
 from qwenft.models.weights import Weights, canonical
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from qwenft.models.adapter import Adapter
 
 _TOKENS = 16
-#: What peft and its wrappers put between a module and its weight.
-_WRAPPERS = (".base_layer", ".original_module", ".token_adapter")
 
 
 def probe_ids(text: Architecture, adapter: Adapter | None) -> torch.Tensor:
@@ -86,9 +84,7 @@ def _fill(weights: Weights, prefix: str, filled: list[tuple[Any, str, Any]], mod
     for name, parameter in module.named_parameters():
         if parameter.is_meta:
             path, _, attribute = name.rpartition(".")
-            key = f"{prefix}.{name}"
-            for wrapper in _WRAPPERS:
-                key = key.replace(wrapper, "")
+            key = unwrapped(f"{prefix}.{name}")
             owner = module.get_submodule(path)
             filled.append((owner, attribute, parameter))
             held = _read(weights, canonical(key), parameter.shape)

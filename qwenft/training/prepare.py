@@ -64,7 +64,7 @@ def prepare_model(
     is_sharded = parallel.kind == "fsdp2" and ranks.count > 1
     if is_sharded:
         weights = WeightSource.of_folder(folder, loaded, storage)
-        model = model_on_meta(folder, loaded, storage=storage, device=device)
+        model = model_on_meta(loaded, weights, device=device)
     else:
         model = load_model(
             folder, loaded, storage=storage, device=device, embeddings_on_host=training.embeddings_on_host

@@ -10,7 +10,7 @@ whole in every process: ``fully_shard`` reduces gradients of one dtype at a time
 
 from __future__ import annotations
 
-import re
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,7 @@ from torch.distributed.fsdp import (
 from torch.nn.parallel import DistributedDataParallel
 
 from qwenft.models.bind import causal_of, decoder_of
+from qwenft.models.lora import unwrapped
 from qwenft.training.trained import SCALES, local_of, rows_of
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from qwenft.specs.parallel import ParallelSpec
     from qwenft.training.ranks import Ranks
 
-#: What peft and its wrappers put between a module and its weight.
-_WRAPPERS = re.compile(r"\.(base_layer|original_module|token_adapter|modules_to_save\.default)\b")
 _CALL = "qwenft_call"
 
 
@@ -53,8 +52,8 @@ def repeat_model(model: Any) -> None:
     """Have every process hold the model; ``within`` averages the gradients of all (DistributedDataParallel)."""
     causal = causal_of(model)
     repeated = DistributedDataParallel(_Within(causal), broadcast_buffers=False, init_sync=False)
-    # A function: the model must not become a part of itself.
-    setattr(causal, _CALL, lambda function, *args: repeated(function, *args))  # noqa: PLW0108 - see above
+    # Not the module itself: the model would become a part of its own.
+    setattr(causal, _CALL, partial(repeated))
 
 
 class _Within(torch.nn.Module):
@@ -130,7 +129,7 @@ def _whole(causal: Any, source: WeightSource) -> dict[str, torch.nn.Parameter]:
     return {
         name: parameter
         for name, parameter in parameters.items()
-        if (weight := source.weights.get(_WRAPPERS.sub("", name))) is not None and weight.is_float32
+        if (weight := source.weights.get(unwrapped(name))) is not None and weight.is_float32
     }
 
 
@@ -147,7 +146,7 @@ def _read(causal: Any, source: WeightSource, device: str, *, held_on: str) -> No
     parameters = dict(causal.named_parameters())
     scales: list[tuple[str, str, Any]] = []
     for name in wanted:
-        parameter, key = parameters[name], _WRAPPERS.sub("", name)
+        parameter, key = parameters[name], unwrapped(name)
         rows = rows_of(parameter)
         if key in source.weights and source.storage.is_quantized(source.weights[key], key):
             held: Any = source.read(key, device)
@@ -166,7 +165,7 @@ def _read(causal: Any, source: WeightSource, device: str, *, held_on: str) -> No
 
 def _initial(causal: Any, name: str, source: WeightSource) -> torch.Tensor:
     """What peft makes of a weight as it begins: the lengths of its rows for DoRA, or the rows of some tokens."""
-    module, of_dora, _ = _WRAPPERS.sub("", name).partition(".lora_magnitude_vector.")
+    module, of_dora, _ = unwrapped(name).partition(".lora_magnitude_vector.")
     if of_dora:
         weight = source.read(f"{module}.weight", "cpu")
         return torch.linalg.norm(weight, dim=1).to(weight.dtype)

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import qwenft as qf
+from qwenft.compilation import compile_recipe
 from qwenft.testing import TinySizes, tiny_checkpoint
-from qwenft.training_plan import compile_recipe
 
 from .helpers import chats
 from .in_ranks import trained
