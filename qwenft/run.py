@@ -48,10 +48,11 @@ class Run:
         A run of other processes is loaded from its checkpoint when this is first asked for.
         """
         from qwenft.training.folder import RunFolder
+        from qwenft.training.saving import load_weights
 
         prepared = self.plan.prepare()
         checkpoints = RunFolder(self.folder).checkpoints
-        prepared.load_weights(checkpoints[self.best_step or max(checkpoints)])
+        load_weights(prepared, checkpoints[self.best_step or max(checkpoints)])
         return prepared
 
     @property
@@ -402,10 +403,11 @@ def _claim(plan: TrainingPlan, folder: RunFolder, stack: ExitStack, *, is_new: b
 def _leave_results(run: Run) -> None:
     """Write the adapter or the trained model, of the best step where it is kept."""
     from qwenft.training.folder import RunFolder
+    from qwenft.training.saving import load_weights
 
     best = run.best_step
     if best is not None and best != run.prepared.steps_done:
-        run.prepared.load_weights(RunFolder(run.folder).checkpoint(best))
+        load_weights(run.prepared, RunFolder(run.folder).checkpoint(best))
     try:
         run.plan.leave_results(run.prepared, run.folder)
     except CheckpointError as error:

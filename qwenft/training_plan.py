@@ -299,6 +299,7 @@ class TrainingPlan:
         from qwenft.models.export import dequantized, updates
         from qwenft.models.lora import stored_adapter
         from qwenft.models.probe import probe_ids
+        from qwenft.training.saving import trained_weights
 
         model = prepared.model
         checkpoint, storage, bases = self.draft.checkpoint, self.draft.storage, ("checkpoint", "dequantized")
@@ -324,7 +325,7 @@ class TrainingPlan:
         exact = self.recipe.model.dtype == "float32" and all(slot.backend.exact for slot in self.draft.slots)
         with ExitStack() as stack:
             if adapter is None:
-                learned = stack.enter_context(prepared.trained_weights(path))
+                learned = stack.enter_context(trained_weights(prepared, path))
             else:
                 learned = updates(adapter, checkpoint)
             self.ranks.by_first(

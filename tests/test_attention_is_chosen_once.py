@@ -30,8 +30,8 @@ CHOOSING = {
     "chunk_gated_delta_rule",
     "torch_chunk_gated_delta_rule",
 }
-# The plan resolves the spec; proofs and suites name the references that all else is compared with.
-RESOLVES = "training_plan.py"
+# Compiling resolves the spec; proofs and suites name the references that all else is compared with.
+RESOLVES = "compilation.py"
 COMPARES = ("models/verify.py", "models/probe.py", "testing/conformance.py")
 REFERENCES = {"EagerAttention", "ReferenceDeltaRule"}
 # A process of its own that runs stock transformers, and the arguments of others that a spec refuses.
@@ -87,8 +87,8 @@ def test_no_other_module_chooses_attention(name):
         assert not named
 
 
-def test_the_plan_takes_backends_from_the_spec_alone():
-    """The plan finds the names of the spec and the candidates of "auto", and names no backend itself."""
+def test_compiling_takes_backends_from_the_spec_alone():
+    """It finds the names of the spec and the candidates of "auto", and names no backend itself."""
     tree = ast.parse((ROOT / RESOLVES).read_text(encoding="utf-8"))
     used = {
         node.attr

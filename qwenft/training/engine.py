@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,29 +13,21 @@ import torch
 
 from qwenft.data.masking import IGNORED
 from qwenft.data.stream import Batch, Place, VisionInputs
-from qwenft.errors import CheckpointError, DataError, NonFiniteError, SpecError
+from qwenft.errors import DataError, NonFiniteError, SpecError
 from qwenft.kernels.fusion import compile_seconds, fusion
 from qwenft.kernels.layout import SequenceLayout
 from qwenft.models.bind import causal_of, decoder_of, hidden_states
-from qwenft.models.export import trained
 from qwenft.models.lora import output_head
 from qwenft.models.loss import supervised_loss, supervised_positions, token_scores
 from qwenft.models.mtp import one_token_on
 from qwenft.models.routing import recorded_routing
 from qwenft.training.allocator import keep_freed_memory
-from qwenft.training.checkpoint import (
-    Writing,
-    read_manifest,
-    read_tensors,
-    require_same,
-    stored_tensors,
-    trained_in,
-)
 from qwenft.training.determinism import deterministic_algorithms
 from qwenft.training.in_backward import step_in_backward
-from qwenft.training.optim import build_optimizer, build_schedule, optimizer_state, restore_optimizer
+from qwenft.training.optim import build_optimizer, build_schedule
 from qwenft.training.ranks import ALONE, Ranks
 from qwenft.training.results import Evaluation, Loss, StepResult
+from qwenft.training.saving import begin_save, load
 from qwenft.training.shards import within
 from qwenft.training.trained import Trained, state_bytes
 
@@ -46,7 +37,6 @@ if TYPE_CHECKING:
 
     from qwenft.data.corpus import Corpus
     from qwenft.data.stream import Stream
-    from qwenft.models.export import Update
     from qwenft.specs.training import TrainingSpec
 
 
@@ -66,6 +56,7 @@ class Prepared:
 
     Attributes:
         trained: the trained parameters by name; where they are shared out, this process's part of each.
+        shares: what of the trained parameters this process has.
         optimizer: over these.
         schedule: torch's, one step an optimizer step.
         steps_done: optimizer steps so far.
@@ -99,8 +90,8 @@ class Prepared:
         if corpus.report.vision_tokens:
             self._refuse_images()
         self.ranks = ranks
-        self._held = Trained(model, training, ranks)
-        self.trained = self._held.parts
+        self.shares = Trained(model, training, ranks)
+        self.trained = self.shares.parts
         # A process may have no row of a small parameter.
         parts = [(name, part) for name, part in self.trained.items() if part.numel()]
         self.optimizer = build_optimizer(parts, training, role_of)
@@ -320,11 +311,11 @@ class Prepared:
         for batch in batches:
             loss = self.loss(batch)
             part = loss.total / tokens
-            (part * self._held.averaged_over).backward()
-            self._held.take_gradients()
+            (part * self.shares.averaged_over).backward()
+            self.shares.take_gradients()
             parts.append(part.detach())
             mtp.append(loss.mtp)
-        self._held.sum_whole()
+        self.shares.sum_whole()
         grad_norm = self._clip()
         losses = torch.stack(parts).tolist()
         total = self.ranks.sum([sum(losses)])[0]
@@ -348,9 +339,9 @@ class Prepared:
         loss = self.ranks.sum([own])[0]
         if not math.isfinite(loss):
             raise self._not_finite(batches, [own], math.nan)
-        with step_in_backward(self.optimizer, self._held) as norms:
+        with step_in_backward(self.optimizer, self.shares) as norms:
             total.backward()
-        grad_norm = float(self._held.total_norm(norms.whole, norms.shards))
+        grad_norm = float(self.shares.total_norm(norms.whole, norms.shards))
         if not math.isfinite(grad_norm):
             raise self._not_finite(batches, [own], grad_norm, changed=True)
         return *self._apart(loss, [found.mtp], tokens), grad_norm
@@ -391,139 +382,18 @@ class Prepared:
         Raises:
             CheckpointError: the place is taken or cannot be written.
         """
-        self.begin_save(path).finish()
+        begin_save(self, Path(path)).finish()
         return Path(path)
 
-    @contextmanager
-    def trained_weights(self, path: Path) -> Iterator[dict[str, Update]]:
-        """What full fine-tuning made of each weight, for an export to ``path``.
-
-        What processes share is written by all of them beside that place, so that the one that exports has a tensor
-        of it at a time.
-        """
-        if not self._held.is_sharded:
-            yield trained(self.model)
-            return
-        shards = path.with_name(f".{path.name}.shards")
-        held = self._held.to_write(self.trained)
-        self.ranks.by_first(lambda: shutil.rmtree(shards, ignore_errors=True))
-        Writing(shards, {"model": held}, {}, self.ranks, self._held.starts(held)).finish()
-        try:
-            yield trained_in(shards)
-        finally:
-            self.ranks.by_first(lambda: shutil.rmtree(shards, ignore_errors=True))
-
-    def begin_save(self, path: str | os.PathLike[str]) -> Writing:
-        """Begin to do so; several processes can go on meanwhile.
-
-        Raises:
-            CheckpointError: the place is taken or cannot be written.
-        """
-        moments, numbers = optimizer_state(self.optimizer, self.trained)
-        random = {self._own("cpu"): torch.get_rng_state()}
-        if self.device == "cuda":
-            random[self._own("cuda")] = torch.cuda.get_rng_state()
-        values = {
-            "step": self.steps_done,
-            "next": attrs.asdict(self.place),
-            "optimizer": numbers,
-            "schedule": self.schedule.state_dict(),
-            "identity": self.identity,
-            "ranks": self.ranks.count,
-        }
-        model, moments = self._held.to_write(self.trained), self._held.to_write(moments)
-        tensors = {"model": model, "optimizer": moments, "random": random}
-        return Writing(Path(path), tensors, values, self.ranks, self._held.starts({**model, **moments}))
-
-    def _own(self, name: str) -> str:
-        """The name under which a checkpoint has what every process has of its own."""
-        return f"{name}.{self.ranks.rank}" if self.ranks.rank else name
-
-    @torch.no_grad()
     def load(self, path: str | os.PathLike[str]) -> None:
         """Go on from a checkpoint; where it is refused, nothing was changed.
+
+        In another number of processes than made it, dropout, noise and stochastic rounding draw anew.
 
         Raises:
             CheckpointError: it is damaged, or of another recipe, model or data.
         """
-        path = Path(path)
-        manifest = self._manifest(path)
-        self._require_ranks(manifest, path)
-        read = self.ranks.together(lambda: self._read(path))
-        for name, part in self.trained.items():
-            part.copy_(read[name])
-        moments = {name: tensor for name, tensor in read.items() if ":" in name}
-        restore_optimizer(self.optimizer, self.trained, {**moments, **manifest["optimizer"]})
-        self.schedule.load_state_dict(manifest["schedule"])
-        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
-            group["lr"] = rate
-        if manifest["ranks"] == self.ranks.count:
-            torch.set_rng_state(read[self._own("cpu")])
-            if self.device == "cuda":
-                torch.cuda.set_rng_state(read[self._own("cuda")])
-        else:  # there are not as many states as processes
-            torch.manual_seed(self.training.seed + self.ranks.count * manifest["step"] + self.ranks.rank)
-        self.steps_done = manifest["step"]
-        self.place = Place(**manifest["next"])
-
-    @torch.no_grad()
-    def load_weights(self, path: Path) -> None:
-        """Take what was trained from a checkpoint, made by any number of processes, and nothing to go on with.
-
-        Raises:
-            CheckpointError: as :meth:`load`.
-        """
-        self._manifest(path)
-        read = self.ranks.together(lambda: self._read(path, weights_alone=True))
-        for name, part in self.trained.items():
-            part.copy_(read[name])
-
-    def _manifest(self, path: Path) -> dict[str, Any]:
-        manifest = self.ranks.together(lambda: read_manifest(path))
-        fix = "the recipe that it was made with, in its manifest.json"
-        require_same(manifest["identity"], self.identity, subject="recipe", fix=fix, path=path)
-        return manifest
-
-    def _require_ranks(self, manifest: dict[str, Any], path: Path) -> None:
-        """Refuse another number of processes where it changes what is trained."""
-        saved, count = manifest["ranks"], self.ranks.count
-        if saved == count:
-            return
-        reason, fix = None, f"{saved} processes"
-        if self.training.tokens_per_step is None:
-            reason = "a step is a row of each of them, and would be another one"
-            fix = f"{fix}, or tokens_per_step in the recipe from its beginning"
-        elif self.training.optimizer.endswith("8bit"):
-            reason = "moments of 8 bits are quantized in blocks of what each of them holds"
-        if reason is not None:
-            problem = f"{path} was made by {saved} processes, and this is one of {count}: {reason}"
-            raise CheckpointError(problem, fix=fix, path=path)
-
-    def _read(self, path: Path, *, weights_alone: bool = False) -> dict[str, torch.Tensor]:
-        """All that a checkpoint has of this process: parts of parameters and moments, and random states."""
-        stored = stored_tensors(path)
-        shapes = [
-            {name: f"{tuple(shape)} {dtype}" for name, (shape, dtype) in entries.items()}
-            for entries in (
-                stored["model"],
-                {name: (p.shape, p.dtype) for name, p in self._held.parameters.items()},
-            )
-        ]
-        require_same(*shapes, subject="model", fix="the model that it was made with", path=path)
-        if self.device == "cuda" and "cuda" not in stored["random"] and not weights_alone:
-            raise CheckpointError(f"{path} was made on a CPU and cannot go on to the bit on CUDA", path=path)
-        wanted = {name: torch.empty_like(p) for name, p in self._held.parameters.items()}
-        if weights_alone:
-            stored = {**stored, "optimizer": {}, "random": {}}
-        wanted |= self._held.like(stored["optimizer"])
-        own = {self._own(device) for device in ("cpu", "cuda")}
-        wanted |= {
-            name: torch.empty(shape, dtype=dtype)
-            for name, (shape, dtype) in stored["random"].items()
-            if name in own
-        }
-        read_tensors(path, wanted)
-        return self._held.of_process(wanted)
+        load(self, Path(path))
 
     def _learning_rate(self) -> float:
         groups, peak = self.optimizer.param_groups, self.training.learning_rate
@@ -532,7 +402,7 @@ class Prepared:
 
     def _clip(self) -> float:
         """Scale the gradients down to the limit, and return their norm before."""
-        norm, limit = self._held.norm(), self.training.max_grad_norm
+        norm, limit = self.shares.norm(), self.training.max_grad_norm
         torch.nn.utils.clip_grads_with_norm_(self.trained.values(), math.inf if limit is None else limit, norm)
         return float(norm)
 

@@ -15,6 +15,7 @@ from qwenft.data.chat import ChatEncoder
 from qwenft.errors import CheckpointError
 from qwenft.models.generate import answer
 from qwenft.training.interruption import Interruption
+from qwenft.training.saving import begin_save
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -203,7 +204,7 @@ class _Course:
         if self.speaks:
             self.folder.flush()
         with self._as_saving():
-            self.writing = self.prepared.begin_save(self.folder.checkpoint(step))
+            self.writing = begin_save(self.prepared, self.folder.checkpoint(step))
         if self.prepared.ranks.count == 1:
             self.finish_save()
 

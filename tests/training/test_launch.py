@@ -154,7 +154,8 @@ class Torchrun:
 
     def end(self, limit=60):
         """The exit code, which must come in time."""
-        return self.process.wait(timeout=limit)
+        with self.log:
+            return self.process.wait(timeout=limit)
 
 
 @pytest.mark.parametrize("begun", [2, pytest.param(4, marks=pytest.mark.long)])
