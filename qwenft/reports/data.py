@@ -101,13 +101,16 @@ def _runs(document: Sequence[ShownToken]) -> list[ShownToken]:
 def _thumbnails(pictures: Sequence[Picture]) -> str:
     """Small copies of an image, or of the first frames of a video, as HTML."""
     shown = []
-    for picture in pictures[:_FRAMES]:
+    for number, picture in enumerate(pictures[:_FRAMES], 1):
         image = picture.open()
         image.thumbnail((_SIDE, _SIDE))
         encoded = io.BytesIO()
         image.save(encoded, format="PNG")
         data = base64.b64encode(encoded.getvalue()).decode()
-        shown.append(f'<img style="vertical-align:middle;margin:2px" src="data:image/png;base64,{data}">')
+        kind = f"frame {number} of {len(pictures)}" if len(pictures) > 1 else "image"
+        alt = f"{kind}, {picture.width} x {picture.height}"
+        style = "vertical-align:middle;margin:2px"
+        shown.append(f'<img style="{style}" alt="{alt}" title="{alt}" src="data:image/png;base64,{data}">')
     return "".join(shown)
 
 

@@ -405,5 +405,6 @@ def test_preview_shows_the_image(checkpoint, folder):
     """In a notebook the picture stands beside its tokens; in a terminal they are counted."""
     preview = data_of([CHAT], folder).preview(qf.ModelSpec(checkpoint))
     assert preview._repr_html_().count('src="data:image/png;base64,') == 3
+    assert preview._repr_html_().count('alt="image, ') == 3
     assert str(preview).count("[image, ") == 3
     assert "<|image_pad|>" not in str(preview)

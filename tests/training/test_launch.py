@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import qwenft as qf
 from qwenft.training.launch import _watch
@@ -32,6 +34,12 @@ def shared(checkpoint, **training):
     return recipe(checkpoint, adapter=LORA, held_out=0.2, **numbers).with_parallel(qf.ParallelSpec.fsdp2())
 
 
+def evaluated(checkpoint):
+    """The same, with what is asked of the model on its way."""
+    asked = {"sample_prompts": ("What follows one and two?",), "sample_tokens": 8}
+    return shared(checkpoint, evaluate_every=4, **asked)
+
+
 def losses(folder):
     """Of every step that is written, once."""
     return {record["step"]: record["loss"] for record in written(folder) if "loss" in record}
@@ -41,14 +49,14 @@ def losses(folder):
 def alone(dense_checkpoint, tmp_path_factory):
     """The run of one process."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    single = shared(dense_checkpoint, evaluate_every=4).with_parallel(qf.ParallelSpec.single())
+    single = evaluated(dense_checkpoint).with_parallel(qf.ParallelSpec.single())
     return single.compile().train(folder, progress=False)
 
 
 def test_a_notebook_starts_all_processes(dense_checkpoint, alone, tmp_path):
     """What two processes leave is what one leaves, in half the memory each; the run is used as any other."""
     handler = signal.getsignal(signal.SIGINT)
-    run = shared(dense_checkpoint, evaluate_every=4).compile().launch(tmp_path / "run", processes=2)
+    run = evaluated(dense_checkpoint).compile().launch(tmp_path / "run", processes=2)
     assert run.ending == "finished"
     assert signal.getsignal(signal.SIGINT) is handler
     assert len(run.history) == len(alone.history)
@@ -60,11 +68,29 @@ def test_a_notebook_starts_all_processes(dense_checkpoint, alone, tmp_path):
             assert own[key] == pytest.approx(expected[key], abs=1e-5, rel=1e-5), key
     assert {record["ranks"] for record in run.history if "loss" in record} == {2}
     assert run.history[-1]["state_bytes"] <= 0.55 * alone.history[-1]["state_bytes"]
+    assert run.samples == alone.samples
+    assert len(run.samples) == 3
     assert "prepared" not in vars(run)
     assert run.evaluate()["loss"] == pytest.approx(alone.evaluate()["loss"], abs=1e-5)
     assert run.generate("What follows one and two?") == alone.generate("What follows one and two?")
     run.export(tmp_path / "merged")
     assert (run.adapter_path / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.long
+def test_the_best_weights_are_left(dense_checkpoint, tmp_path):
+    """Where a run gets worse again, several processes end with the weights that one ends with."""
+    recipe = shared(dense_checkpoint, evaluate_every=2, keep_best=True, learning_rate=1e-2)
+    noise = "ZQXJ KVWY #@% ZZ QQ XJ KK WV YY ~~ && ^^ ||"
+    unlearned = [{"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": noise}]}]
+    recipe = recipe.with_data(recipe.data.hold_out(qf.DataSpec.messages(unlearned)))
+    alone = recipe.with_parallel(qf.ParallelSpec.single()).compile().train(tmp_path / "alone", progress=False)
+    run = recipe.compile().launch(tmp_path / "run", processes=2, progress=False)
+    assert run.best_step == alone.best_step < 8
+    expected, found = (load_file(done.adapter_path / "adapter_model.safetensors") for done in (alone, run))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-3 * tensor.abs().max().item(), rtol=0)
 
 
 def test_a_failure_is_shown_with_its_traceback(dense_checkpoint, tmp_path):
