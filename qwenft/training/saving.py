@@ -99,8 +99,8 @@ def load_weights(prepared: Prepared, path: Path) -> None:
 def trained_weights(prepared: Prepared, path: Path) -> Iterator[dict[str, Update]]:
     """What full fine-tuning made of each weight, for an export to ``path``.
 
-    What processes share is written by all of them beside that place, so that the one that exports has a tensor at a
-    time.
+    What processes share is written by all of them beside that place, so that the one that exports has one tensor
+    at a time.
     """
     ranks, shares = prepared.ranks, prepared.shares
     if not shares.is_sharded:
