@@ -141,6 +141,7 @@ class Batch:
         following: where the stream goes on behind the step that this is part of; None where it is of no stream.
         vision: its images and videos; None where it has none.
         waits: it is another rank's, and here but for the collectives that all take part in.
+        positions: [S] int64, where labels are tokens; None until :meth:`located`.
     """
 
     input_ids: torch.Tensor
@@ -151,6 +152,7 @@ class Batch:
     following: Place | None = None
     vision: VisionInputs | None = None
     waits: bool = False
+    positions: torch.Tensor | None = None
 
     @classmethod
     def from_documents(cls, documents: Sequence[Document], pixels: Sequence[torch.Tensor] = ()) -> Batch:
@@ -173,11 +175,18 @@ class Batch:
             layout=self.layout.to(device),
             weights=None if self.weights is None else self.weights.to(device),
             vision=None if self.vision is None else self.vision.to(device),
+            positions=None if self.positions is None else self.positions.to(device),
         )
+
+    def located(self) -> Batch:
+        """The same micro-batch with its positions; on the host nobody has to wait for a device to tell them."""
+        if self.positions is not None:
+            return self
+        return attrs.evolve(self, positions=(self.labels != IGNORED).nonzero()[:, 0])
 
     def waiting(self) -> Batch:
         """The same micro-batch where another rank trains on it: no token of it is trained."""
-        return attrs.evolve(self, labels=torch.full_like(self.labels, IGNORED), waits=True)
+        return attrs.evolve(self, labels=torch.full_like(self.labels, IGNORED), waits=True, positions=None)
 
     def split(self) -> list[Batch]:
         """A micro-batch for each of its documents."""
@@ -199,10 +208,11 @@ class Batch:
     @property
     def tokens(self) -> float:
         """The sum of the weights of supervised positions: what a mean loss divides by."""
-        supervised = self.labels != IGNORED
+        positions = self.located().positions
+        assert positions is not None
         if self.weights is None:
-            return float(supervised.sum())
-        return float(self.weights[supervised].sum(dtype=torch.float64))
+            return float(len(positions))
+        return float(self.weights[positions].sum(dtype=torch.float64))
 
 
 def _weights(documents: Sequence[Document]) -> torch.Tensor | None:

@@ -67,8 +67,8 @@ class _Routes:
 
     @property
     def idle(self) -> Tensor:
-        """The experts without a slot."""
-        return (torch.diff(self.ends, prepend=self.ends.new_zeros(1)) == 0).nonzero()[:, 0]
+        """[E] bool: the experts without a slot."""
+        return torch.diff(self.ends, prepend=self.ends.new_zeros(1)) == 0
 
 
 def routed_experts(
@@ -113,13 +113,17 @@ def _together(x: Tensor, stack: Tensor) -> int:
     return max(1, _DENSE_AT_ONCE // (rows * columns)) if is_quantized(stack) else experts
 
 
+def slot_ends(in_order: Tensor, experts: int) -> Tensor:
+    """[E] int64, behind the last slot of each expert, of sorted choices [S]; the host does not wait for them."""
+    return torch.searchsorted(in_order, torch.arange(experts, device=in_order.device), right=True)
+
+
 def _routes(chosen: Tensor, experts: int, together: int) -> _Routes:
-    flat = chosen.flatten()
-    order = flat.argsort(stable=True)
-    ends = flat.bincount(minlength=experts).cumsum(0)
+    in_order, order = chosen.flatten().sort(stable=True)
+    ends = slot_ends(in_order, experts)
     firsts = range(0, experts, together)
     # Where all go together the host need not wait for how many each answers.
-    bounds = [0, *ends.tolist()] if together < experts else [0] * experts + [len(flat)]
+    bounds = [0, *ends.tolist()] if together < experts else [0] * experts + [len(order)]
     groups = [
         _Group(first, last, slice(bounds[first], bounds[last]))
         for first, last in ((first, min(first + together, experts)) for first in firsts)
@@ -158,7 +162,7 @@ class _Stack:
 def _room(like: Tensor | None, dtype: torch.dtype, routes: _Routes) -> Tensor | None:
     if like is None or not like.requires_grad:
         return None
-    return torch.empty_like(like, dtype=dtype).index_fill_(0, routes.idle, 0)
+    return torch.empty_like(like, dtype=dtype).masked_fill_(routes.idle[:, None, None], 0)
 
 
 class _RoutedExperts(torch.autograd.Function):

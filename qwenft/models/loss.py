@@ -60,20 +60,37 @@ def supervised_loss(
     Returns:
         A float32 scalar with its graph; 0 with a zero gradient where nothing is supervised.
     """
+    rows = supervised_positions(labels)
+    hidden, labels = hidden[rows], labels[rows]
+    weights = None if weights is None else weights[rows]
+    return token_losses(
+        hidden, head, labels, weights, method=method, label_smoothing=label_smoothing, z_loss=z_loss
+    )
+
+
+def token_losses(
+    hidden: torch.Tensor,
+    head: Any,
+    labels: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    *,
+    method: str = "chunked",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> torch.Tensor:
+    """What :func:`supervised_loss` gives where every position is supervised: no label is -100."""
     terms = _Terms(label_smoothing, z_loss)
-    kept = _supervised(hidden, labels, weights)
+    weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights.float()
     if method == "full":
-        return _logits_loss(head, terms, *kept)
+        return _logits_loss(head, terms, hidden, labels, weights)
     if method == "cce":
-        kept_SH, kept_labels, kept_weights = kept
-        return (cut_cross_entropy(kept_SH, head.weight, kept_labels) * kept_weights).sum()
+        return (cut_cross_entropy(hidden, head.weight, labels) * weights).sum()
     if _is_plain(head):
-        kept_SH, kept_labels, kept_weights = kept
-        return _ChunkedLoss.apply(kept_SH, head.weight, kept_labels, kept_weights, terms)
+        return _ChunkedLoss.apply(hidden, head.weight, labels, weights, terms)
     total = hidden.new_zeros((), dtype=torch.float32) + 0.0 * hidden[:1].float().sum()
-    for part in _parts(len(kept[0]), _LOGIT_BYTES, head.out_features):
+    for part in _parts(len(labels), _LOGIT_BYTES, head.out_features):
         # A head with an adapter, or in few bits, is called as the module it is; backward makes its logits again.
-        rows = (tensor[part] for tensor in kept)
+        rows = (tensor[part] for tensor in (hidden, labels, weights))
         total = total + checkpoint(_logits_loss, head, terms, *rows, use_reentrant=False)
     return total
 
@@ -85,25 +102,25 @@ def token_scores(
     """What evaluation adds up: the negative log-likelihood of supervised tokens, and how many are the likeliest.
 
     Args:
-        hidden: [T, H].
+        hidden: [S, H].
         head: the output head.
-        labels: [T], as for :func:`supervised_loss`.
-        weights: [T], 1 everywhere where None.
+        labels: [S], a token each.
+        weights: [S], 1 everywhere where None.
 
     Returns:
-        Two weighted sums over the supervised tokens.
+        Two weighted sums over the tokens.
     """
-    kept_SH, kept_labels, kept_weights = _supervised(hidden, labels, weights)
+    weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights.float()
     loss = correct = 0.0
-    for part in _parts(len(kept_labels), _LOGIT_BYTES, head.out_features):
+    for part in _parts(len(labels), _LOGIT_BYTES, head.out_features):
         if _is_plain(head):
-            logits = kept_SH.new_empty((len(kept_labels[part]), head.out_features), dtype=torch.float32)
-            _logits(kept_SH[part], head.weight, logits)
+            logits = hidden.new_empty((len(labels[part]), head.out_features), dtype=torch.float32)
+            _logits(hidden[part], head.weight, logits)
         else:
-            logits = head.forward(kept_SH[part]).float()
-        each = F.cross_entropy(logits, kept_labels[part], reduction="none")
-        loss += float((each * kept_weights[part]).sum())
-        correct += float(((logits.argmax(dim=-1) == kept_labels[part]) * kept_weights[part]).sum())
+            logits = head.forward(hidden[part]).float()
+        each = F.cross_entropy(logits, labels[part], reduction="none")
+        loss += float((each * weights[part]).sum())
+        correct += float(((logits.argmax(dim=-1) == labels[part]) * weights[part]).sum())
     return loss, correct
 
 
@@ -115,17 +132,6 @@ def _is_plain(head: Any) -> bool:
 def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
     """Where labels [T] hold a token: [S] int64."""
     return (labels != IGNORED).nonzero()[:, 0]
-
-
-def _supervised(
-    hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states [S, H], labels [S] and float32 weights [S] of the supervised positions."""
-    rows = supervised_positions(labels)
-    if len(rows) == len(labels):
-        return hidden, labels, torch.ones_like(rows, dtype=torch.float32) if weights is None else weights.float()
-    kept_weights = torch.ones_like(rows, dtype=torch.float32) if weights is None else weights[rows].float()
-    return hidden[rows], labels[rows], kept_weights
 
 
 def _parts(rows: int, limit: int, columns: int) -> Iterator[slice]:

@@ -87,4 +87,5 @@ def one_token_on(batch: Batch) -> Batch:
         input_ids=batch.input_ids[following],
         labels=batch.labels[following].index_fill(0, last, IGNORED),
         weights=None if batch.weights is None else batch.weights[following],
+        positions=None,
     )

@@ -6,14 +6,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import attrs
+import torch
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
 
+from qwenft.kernels.experts import slot_ends
 from qwenft.models.bind import decoder_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    import torch
 
 
 @attrs.define(eq=False)
@@ -50,7 +50,8 @@ def recorded_routing(model: Any) -> Iterator[Routing]:
     def record(router: Any, _: Any, output: tuple[torch.Tensor, ...]) -> None:
         logits, _, chosen = output
         routing.logits.append(logits)
-        routing.counts.append(chosen.flatten().bincount(minlength=router.num_experts))
+        ends = slot_ends(chosen.flatten().sort()[0], router.num_experts)
+        routing.counts.append(torch.diff(ends, prepend=ends.new_zeros(1)))
 
     routers = [m for m in decoder_of(model).modules() if isinstance(m, moe.Qwen3_5MoeTopKRouter)]
     hooks = [router.register_forward_hook(record) for router in routers]

@@ -18,7 +18,7 @@ from qwenft.kernels.fusion import compile_seconds, fusion
 from qwenft.kernels.layout import SequenceLayout
 from qwenft.models.bind import causal_of, decoder_of, hidden_states
 from qwenft.models.lora import output_head
-from qwenft.models.loss import supervised_loss, supervised_positions, token_scores
+from qwenft.models.loss import token_losses, token_scores
 from qwenft.models.mtp import one_token_on
 from qwenft.models.routing import recorded_routing
 from qwenft.training.allocator import keep_freed_memory
@@ -151,22 +151,26 @@ class Prepared:
         z-loss included, without noise on its embeddings; weighted, its sum is added to that of the model, and the
         two are divided by the model's tokens.
         """
-        batch = self._seen_by_all(batch.to(self.device))
+        following = one_token_on(batch).located().to(self.device) if self.mtp_weight else None
+        return self.loss_of(self._on_device(batch), following)
+
+    def loss_of(self, batch: Batch, following: Batch | None = None) -> Loss:
+        """The same, of a micro-batch that is on the device, and of what the other layer predicts; both located."""
         mtp: list[Loss] = []
-        total = within(causal_of(self.model), lambda: self._total_loss(batch, mtp))
+        total = within(causal_of(self.model), lambda: self._total_loss(batch, following, mtp))
         return Loss(total, batch.tokens, *mtp)
 
-    def _total_loss(self, batch: Batch, mtp: list[Loss]) -> torch.Tensor:
+    def _total_loss(self, batch: Batch, following: Batch | None, mtp: list[Loss]) -> torch.Tensor:
         """That of a micro-batch with its graph; to ``mtp`` it adds the part of that layer, without."""
         loss, auxiliary = self.training.chosen_loss, self.training.router_aux_loss
         with recorded_routing(self.model) as routing:
             if isinstance(loss, str):
                 # The multi-token-prediction layer attends to all tokens.
-                everywhere = auxiliary > 0 or self.mtp_weight > 0
-                predicting = self._supervised(batch, self.hidden, everywhere=everywhere)
-                total = self._cross_entropy(*predicting, method=loss)
-                if self.mtp_weight:
-                    found = self._mtp_loss(batch, predicting[0], method=loss)
+                hidden = self.hidden(batch) if auxiliary or following is not None else None
+                total = self._cross_entropy(batch, self.hidden, hidden, method=loss)
+                if following is not None:
+                    assert hidden is not None
+                    found = self._mtp_loss(following, hidden, method=loss)
                     total = total + self.mtp_weight * found.total
                     mtp.append(Loss(found.total.detach(), found.tokens))
             else:
@@ -183,8 +187,9 @@ class Prepared:
         """What a function of hidden states, the head and more returns, where the head's weights are whole."""
         return within(causal_of(self.model).lm_head, function, hidden, output_head(self.model), *args)
 
-    def _seen_by_all(self, batch: Batch) -> Batch:
-        """A micro-batch that goes through the tower, if there is one, as that of another process may."""
+    def _on_device(self, batch: Batch) -> Batch:
+        """A micro-batch, located, that goes through the tower, if there is one, as that of another process may."""
+        batch = batch.located().to(self.device)
         tower = getattr(causal_of(self.model).model, "visual", None)
         if self.ranks.count == 1 or batch.vision is not None or tower is None:
             return batch
@@ -199,46 +204,46 @@ class Prepared:
                 row=None,
             )
 
-    def _mtp_loss(self, batch: Batch, hidden_TC: torch.Tensor, *, method: str) -> Loss:
+    def _mtp_loss(self, following: Batch, hidden_TC: torch.Tensor, *, method: str) -> Loss:
         """That of the token after next, with its graph: a sum over the tokens that have a trained one.
 
         Raises:
             DataError: there are images, of which the layer would see the placeholders.
         """
-        if batch.vision is not None and len(batch.vision.places):
+        if following.vision is not None and len(following.vision.places):
             self._refuse_images()
-        shifted = one_token_on(batch)
 
         def hidden(batch: Batch, wanted: torch.Tensor | None = None) -> torch.Tensor:
             decoder, layer = decoder_of(self.model), causal_of(self.model).mtp
             with fusion(asked=self.training.compile_elementwise):
                 return layer(decoder, hidden_TC, batch.input_ids, batch.layout, wanted=wanted)
 
-        return Loss(self._cross_entropy(*self._supervised(shifted, hidden), method=method), shifted.tokens)
+        return Loss(self._cross_entropy(following, hidden, method=method), following.tokens)
 
-    def _cross_entropy(self, *predicting: Any, method: str) -> torch.Tensor:
+    def _cross_entropy(self, *supervised: Any, method: str) -> torch.Tensor:
         """The recipe's, of what :meth:`_supervised` gives."""
         smoothing, z_loss = self.training.label_smoothing, self.training.z_loss
-        function = partial(supervised_loss, method=method, label_smoothing=smoothing, z_loss=z_loss)
-        return self._at_head(function, *predicting)
+        function = partial(token_losses, method=method, label_smoothing=smoothing, z_loss=z_loss)
+        return self._at_head(function, *self._supervised(*supervised))
 
+    @staticmethod
     def _supervised(
-        self, batch: Batch, hidden: Callable[..., torch.Tensor], *, everywhere: bool = False
+        batch: Batch, hidden: Callable[..., torch.Tensor], everywhere_TC: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Hidden states [S, H] of the supervised positions, their labels and their weights.
 
-        ``hidden`` gives them for all tokens or for wanted ones, and with ``everywhere`` it is asked for all.
+        ``hidden`` gives them for all tokens or for wanted ones, if they are not known ``everywhere`` already.
         """
-        wanted = supervised_positions(batch.labels)
-        if not len(wanted) or everywhere:
-            # Experts have no answer for no token.
-            return hidden(batch), batch.labels, batch.weights
-        weights = None if batch.weights is None else batch.weights[wanted]
-        return hidden(batch, wanted), batch.labels[wanted], weights
+        wanted = batch.positions
+        assert wanted is not None
+        if everywhere_TC is None and not len(wanted):
+            everywhere_TC = hidden(batch)  # experts have no answer for no token
+        supervised_SC = hidden(batch, wanted) if everywhere_TC is None else everywhere_TC[wanted]
+        return supervised_SC, batch.labels[wanted], None if batch.weights is None else batch.weights[wanted]
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """[T, vocabulary], for every token."""
-        batch = self._seen_by_all(batch.to(self.device))
+        batch = self._on_device(batch)
         logits: torch.Tensor = within(
             causal_of(self.model),
             lambda: self._at_head(lambda hidden, head: head.forward(hidden), self.hidden(batch)),
@@ -363,7 +368,7 @@ class Prepared:
         loss = correct = tokens = 0.0
         with self._algorithms():
             for loaded in stream.evaluated():
-                batch = self._seen_by_all(loaded.to(self.device))
+                batch = self._on_device(loaded)
                 scores = within(causal_of(self.model), partial(self._scores, batch))
                 loss, correct, tokens = loss + scores[0], correct + scores[1], tokens + batch.tokens
         self.model.train(was_training)

@@ -162,18 +162,18 @@ def test_smoothing_and_z_loss_equal_torch_over_all_logits(
 
 @pytest.mark.parametrize("chunk_bytes", [64 * 2**20, 7 * 50 * 4])
 def test_scores_are_those_of_all_logits(monkeypatch, chunk_bytes):
-    """Evaluation adds up what torch's cross entropy and argmax give, over supervised tokens alone, by their weights."""
+    """Evaluation adds up what torch's cross entropy and argmax give, by the tokens' weights."""
     monkeypatch.setattr(module, "_LOGIT_BYTES", chunk_bytes)
     hidden, head, labels, weights = _problem()
     with torch.no_grad():
         labels[:20] = torch.where(labels[:20] == -100, -100, head(hidden[:20]).argmax(-1))
-    loss, correct = token_scores(hidden, head, labels, weights)
     supervised = labels != -100
+    loss, correct = token_scores(hidden[supervised], head, labels[supervised], weights[supervised])
     assert loss == pytest.approx(_reference(hidden, head, labels, weights).item(), rel=1e-6)
     right = (head(hidden).argmax(-1) == labels) & supervised
     assert 0 < right.sum() < supervised.sum()
     assert correct == pytest.approx(weights[right].sum().item(), rel=1e-6)
-    unweighted = token_scores(hidden, head, labels)
+    unweighted = token_scores(hidden[supervised], head, labels[supervised])
     assert unweighted[1] == right.sum().item()
 
 
