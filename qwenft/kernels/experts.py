@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qwenft.kernels.device import device_type
 from qwenft.kernels.quantized import dense_experts, dense_shape, is_quantized
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 # Elements of quantized experts that are dense at a time on a GPU: 128 MiB in 16 bits.
 _DENSE_AT_ONCE = 2**26
@@ -81,6 +82,7 @@ def routed_experts(
     gate_up_lora: LowRank | None = None,
     down_lora: LowRank | None = None,
     together: int | None = None,
+    ends: Sequence[int] | None = None,
 ) -> Tensor:
     """The weighted sum of what its experts, SwiGLU MLPs, answer to each token, in x's dtype.
 
@@ -94,13 +96,14 @@ def routed_experts(
         down_lora: beside ``down``.
         together: experts whose products are made together, by torch's grouped product where it is more than one;
             by the device where None.
+        ends: [E], behind the last slot of each expert, where the host knows them; asked of the device where None.
 
     Returns:
         [T, H].
     """
     if together is None:
         together = _together(x, gate_up)
-    routes = _routes(chosen, dense_shape(gate_up)[0], together)
+    routes = _routes(chosen, dense_shape(gate_up)[0], together, ends)
     pairs = [(pair.a, pair.b) if pair else (None, None) for pair in (gate_up_lora, down_lora)]
     scalings = tuple(pair.scaling if pair else 0.0 for pair in (gate_up_lora, down_lora))
     return _RoutedExperts.apply(x, weights, gate_up, down, *pairs[0], *pairs[1], scalings, routes)
@@ -108,7 +111,7 @@ def routed_experts(
 
 def _together(x: Tensor, stack: Tensor) -> int:
     experts, rows, columns = dense_shape(stack)
-    if not x.is_cuda:
+    if device_type(x) == "cpu":
         return 1
     return max(1, _DENSE_AT_ONCE // (rows * columns)) if is_quantized(stack) else experts
 
@@ -118,12 +121,16 @@ def slot_ends(in_order: Tensor, experts: int) -> Tensor:
     return torch.searchsorted(in_order, torch.arange(experts, device=in_order.device), right=True)
 
 
-def _routes(chosen: Tensor, experts: int, together: int) -> _Routes:
+def _routes(chosen: Tensor, experts: int, together: int, known_ends: Sequence[int] | None) -> _Routes:
     in_order, order = chosen.flatten().sort(stable=True)
     ends = slot_ends(in_order, experts)
     firsts = range(0, experts, together)
-    # Where all go together the host need not wait for how many each answers.
-    bounds = [0, *ends.tolist()] if together < experts else [0] * experts + [len(order)]
+    if known_ends is not None:
+        bounds = [0, *known_ends]
+    elif together < experts:
+        bounds = [0, *ends.tolist()]
+    else:  # the host need not wait for how many each answers
+        bounds = [0] * experts + [len(order)]
     groups = [
         _Group(first, last, slice(bounds[first], bounds[last]))
         for first, last in ((first, min(first + together, experts)) for first in firsts)

@@ -40,6 +40,7 @@ from torch.autograd.function import once_differentiable
 from qwenft.kernels.checks import check_delta_rule, compute_dtype, exact
 from qwenft.kernels.chunk_tensors import ChunkTensors
 from qwenft.kernels.chunks import CHUNK, ChunkPlan
+from qwenft.kernels.device import device_type
 from qwenft.kernels.reference import l2norm
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def _single_step(
 
 def _plan(layout: SequenceLayout, key: Tensor, value: Tensor) -> ChunkPlan:
     heads = key.shape[1], value.shape[1]
-    size = max(1, GROUP_ROWS // heads[1]) if value.device.type == "cpu" else layout.total
+    size = max(1, GROUP_ROWS // heads[1]) if device_type(value) == "cpu" else layout.total
     return ChunkPlan.of(layout, size, heads)
 
 

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from qwenft.kernels.checks import check_conv, compute_dtype, exact
+from qwenft.kernels.device import device_type
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -188,7 +189,7 @@ def _tap_gradients(edges: _Edges | None, grad: Tensor, x: Tensor, leads: Tensor 
 
 def _products(grad: Tensor, x: Tensor, width: int) -> Tensor:
     """Gradients times the inputs W - 1 to 0 rows before them, summed over the stream: [C, W]."""
-    size = BLOCK_ROWS if grad.device.type == "cpu" else len(grad)
+    size = BLOCK_ROWS if device_type(grad) == "cpu" else len(grad)
     sums = grad.new_zeros(width, grad.shape[1])
     for start in range(0, len(grad), size):
         for shift in range(width):

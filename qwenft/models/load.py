@@ -68,25 +68,37 @@ def load_model(
         CheckpointError: a file is damaged, or lacks weights that the model has.
     """
     source = WeightSource.of_folder(folder, loaded, storage)
-    model = skeleton(folder, loaded)
+    model = skeleton(loaded, folder)
     for name, weight in source.weights.items():
         where = "cpu" if embeddings_on_host and weight.role == "embeddings" else device
         _put(model, name, source.read(name, where))
     return _finished(model, loaded, storage, device)
 
 
-def model_on_meta(loaded: Architecture, source: WeightSource, *, device: str = "cpu") -> Any:
+def model_on_meta(
+    loaded: Architecture, storage: Storage, folder: Path | None = None, *, device: str = "cpu"
+) -> Any:
     """The model as :func:`load_model` would give it, with all its weights on the meta device still.
 
     Args:
         loaded: the part of the checkpoint to load.
-        source: of its weights, none of which is read.
+        storage: dtypes, and what is quantized.
+        folder: of the checkpoint, of which no weight is read; None for an architecture alone.
         device: "cpu" or "cuda", of its rotary tables.
     """
-    model = skeleton(source.files.folder, loaded)
-    for name in source.weights:
-        _put(model, name, source.on_meta(name))
-    return _finished(model, loaded, source.storage, device)
+    model = skeleton(loaded, folder)
+    for name, weight in named_weights(loaded).items():
+        if storage.is_quantized(weight, name):
+            held = quantized_on_meta(weight.shape, storage)
+        else:
+            held = torch.empty(weight.shape, dtype=getattr(torch, storage.dtype_of(weight)), device="meta")
+        _put(model, name, held)
+    return _finished(model, loaded, storage, device)
+
+
+def named_weights(loaded: Architecture) -> dict[str, Weight]:
+    """The weights of a model by the names of its parameters."""
+    return {name: weight for weight in inventory(loaded) for name in weight.names(text_only=loaded.is_text_only)}
 
 
 def _put(model: Any, name: str, held: torch.Tensor) -> None:
@@ -132,17 +144,7 @@ class WeightSource:
         """
         files = Weights(folder)
         require_whole(files, loaded)
-        named = {
-            name: weight for weight in inventory(loaded) for name in weight.names(text_only=loaded.is_text_only)
-        }
-        return cls(files, named, storage)
-
-    def on_meta(self, name: str) -> torch.Tensor:
-        """A parameter as :meth:`read` gives it, which takes no memory."""
-        weight = self.weights[name]
-        if self.storage.is_quantized(weight, name):
-            return quantized_on_meta(weight.shape, self.storage)
-        return torch.empty(weight.shape, dtype=self._dtype(weight), device="meta")
+        return cls(files, named_weights(loaded), storage)
 
     def read(self, name: str, device: str) -> torch.Tensor:
         """A parameter; quantized, it is one of bitsandbytes, and else a tensor of its own, no view of the file."""
@@ -154,7 +156,7 @@ class WeightSource:
     def rows(self, name: str, rows: slice, device: str) -> torch.Tensor:
         """Some rows, or experts, of a parameter that is not quantized; no other is read."""
         weight = self.weights[name]
-        dtype = self._dtype(weight)
+        dtype = getattr(torch, self.storage.dtype_of(weight))
         count, *shape = weight.shape
         if weight.kind != "experts":
             whole = len(range(count)[rows]) == count
@@ -165,14 +167,14 @@ class WeightSource:
             stack[number] = checked(self.files, name, expert, tuple(shape))
         return stack
 
-    def _dtype(self, weight: Weight) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.storage.dtype_of(weight))
-        return dtype
 
-
-def skeleton(folder: Path, loaded: Architecture) -> Any:
-    """The model with all its parameters on the meta device."""
-    config: Any = transformers.AutoConfig.from_pretrained(folder)
+def skeleton(loaded: Architecture, folder: Path | None = None) -> Any:
+    """The model with all its parameters on the meta device; of a folder with all that its configs say."""
+    config: Any = (
+        transformers.AutoConfig.for_model(**loaded.to_config())
+        if folder is None
+        else transformers.AutoConfig.from_pretrained(folder)
+    )
     if loaded.is_text_only:
         config = config.get_text_config()
     config.tie_word_embeddings = loaded.tied
@@ -180,6 +182,6 @@ def skeleton(folder: Path, loaded: Architecture) -> Any:
         model = getattr(transformers, loaded.class_name)(config)
         if loaded.loads_mtp:
             model.mtp = MultiTokenPrediction(decoder_of(model))
-    if (folder / "generation_config.json").exists():
+    if folder is not None and (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model

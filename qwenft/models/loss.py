@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qwenft.data.masking import IGNORED
 from qwenft.kernels.cce import cut_cross_entropy
+from qwenft.kernels.device import device_type
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -172,7 +173,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for part in parts:
             logits = buffer[: part.stop - part.start]
             _logits(hidden[part], weight, logits)
-            cached = CACHED_BYTES if logits.device.type == "cpu" else _LOGIT_BYTES
+            cached = CACHED_BYTES if device_type(logits) == "cpu" else _LOGIT_BYTES
             for rows in _parts(len(logits), cached, len(weight)):
                 total += _differentiate(logits[rows], labels[part][rows], weights[part][rows], terms)
             grad = logits.to(hidden.dtype)

@@ -7,7 +7,7 @@ bfloat16 activations the same way. A cast weight is never kept for backward: it 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
 
 from qwenft.kernels.experts import LowRank, routed_experts
 from qwenft.kernels.quantized import dense
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class _CastMatmul(torch.autograd.Function):
@@ -106,7 +109,13 @@ class CastRouter(moe.Qwen3_5MoeTopKRouter):
 
 
 class RoutedExperts(moe.Qwen3_5MoeExperts):
-    """Routed experts over tokens sorted by expert; exact, in any storage dtype, quantized or not."""
+    """Routed experts over tokens sorted by expert; exact, in any storage dtype, quantized or not.
+
+    Attributes:
+        ends: behind the last slot of each expert, where that is known before the router says it.
+    """
+
+    ends: Sequence[int] | None = None
 
     def stack_shape(self, name: str) -> tuple[int, int, int]:
         """The shape of "gate_up_proj" or "down_proj", packed or not."""
@@ -139,6 +148,7 @@ class RoutedExperts(moe.Qwen3_5MoeExperts):
             self.down_proj,
             gate_up_lora=adapters.get("gate_up_proj"),
             down_lora=adapters.get("down_proj"),
+            ends=self.ends,
         )
 
 

@@ -48,7 +48,7 @@ def logits_of_files(
         adapter: unmerged, through peft's own layers; merged into the head's rows alone.
     """
     weights = Weights(folder)
-    model = compute_in(bind(skeleton(folder, text), full=EagerAttention(), linear=ReferenceDeltaRule()), "float32")
+    model = compute_in(bind(skeleton(text, folder), full=EagerAttention(), linear=ReferenceDeltaRule()), "float32")
     if adapter is not None:
         adapter = _of_text(adapter)
         config = lora_config(text, adapter.spec, adapter.trained_weights(text), str(folder))

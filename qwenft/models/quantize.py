@@ -28,7 +28,7 @@ from qwenft.models.weights import (
     scales_name,
     write_index,
 )
-from qwenft.plan.storage import NF4_BLOCK
+from qwenft.plan.storage import NESTED_BLOCK, NF4_BLOCK
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,6 +100,21 @@ def quantized_on_meta(shape: tuple[int, ...], storage: Storage) -> torch.Tensor:
         quant_type="nf4",
         bnb_quantized=True,
     )
+
+
+def empty_scales(shape: tuple[int, ...], storage: Storage) -> Any:
+    """What is kept beside a quantized weight, a ``QuantState`` or the scales of int8, with nothing in it."""
+    if storage.kind == "int8":
+        return torch.empty(shape[:-1])
+    blocks = -(-math.prod(shape) // NF4_BLOCK)
+    common: dict[str, Any] = {"quant_type": "nf4", "dtype": torch.float32, "shape": torch.Size(shape)}
+    if not storage.double_quant:
+        return QuantState(absmax=torch.empty(blocks), code=torch.empty(16), blocksize=NF4_BLOCK, **common)
+    nested = QuantState(
+        absmax=torch.empty(-(-blocks // NESTED_BLOCK)), code=torch.empty(256), blocksize=NESTED_BLOCK
+    )
+    scales = {"absmax": torch.empty(blocks, dtype=torch.uint8), "offset": torch.empty(()), "state2": nested}
+    return QuantState(code=torch.empty(16), blocksize=NF4_BLOCK, **scales, **common)
 
 
 def put_quantized(model: Any, name: str, held: torch.Tensor) -> None:

@@ -64,26 +64,56 @@ def prepare_model(
     is_sharded = parallel.kind == "fsdp2" and ranks.count > 1
     if is_sharded:
         weights = WeightSource.of_folder(folder, loaded, storage)
-        model = model_on_meta(loaded, weights, device=device)
+        model = model_on_meta(loaded, storage, folder, device=device)
     else:
         model = load_model(
             folder, loaded, storage=storage, device=device, embeddings_on_host=training.embeddings_on_host
         )
-    bind(model, **backends)
-    fuse_elementwise(model)
-    compute_in(model, compute_dtype)
-    if adapter.kind == "lora":
-        model = add_lora(model, lora_config(loaded, adapter, trained, source), seed=training.seed)
-        require_reached(model, trained)
-        if begun is not None:
-            put_adapter(model, begun, loaded)
-    else:
-        _train_weights(model, loaded, trained, training)
-    checkpoint_activations(model, training)
+    model = adapted(
+        model,
+        loaded,
+        adapter=adapter,
+        trained=trained,
+        training=training,
+        backends=backends,
+        compute_dtype=compute_dtype,
+        source=source,
+    )
+    if begun is not None:
+        put_adapter(model, begun, loaded)
     if is_sharded:
         shard_model(model, parallel, ranks, weights, device)
     elif ranks.count > 1:
         repeat_model(model)
+    return model
+
+
+def adapted(
+    model: Any,
+    loaded: Architecture,
+    *,
+    adapter: AdapterSpec,
+    trained: tuple[TrainedWeight, ...],
+    training: TrainingSpec,
+    backends: Mapping[str, Any],
+    compute_dtype: str,
+    source: str,
+    on_meta: bool = False,
+) -> Any:
+    """A model, as it is loaded, bound, with its adapter or its trained weights, and checkpointed.
+
+    Args are those of :func:`prepare_model`; ``on_meta`` leaves the adapter on the meta device.
+    """
+    bind(model, **backends)
+    fuse_elementwise(model)
+    compute_in(model, compute_dtype)
+    if adapter.kind == "lora":
+        config = lora_config(loaded, adapter, trained, source)
+        model = add_lora(model, config, seed=training.seed, on_meta=on_meta)
+        require_reached(model, trained)
+    else:
+        _train_weights(model, loaded, trained, training)
+    checkpoint_activations(model, training)
     return model
 
 

@@ -1,0 +1,64 @@
+"""What a step holds at its peak, as a plan says it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+#: In the order in which reports name them.
+COMPONENTS = ("weights", "trained", "optimizer", "gradients", "activations", "loss", "working", "inputs")
+
+
+@attrs.frozen
+class LayerBytes:
+    """What the layers of one kind keep for backward.
+
+    Args:
+        kind: "linear_attention" or "full_attention".
+        layers: how many there are.
+        kept: bytes of each, from its forward pass to its backward pass.
+    """
+
+    kind: str
+    layers: int
+    kept: int
+
+
+@attrs.frozen
+class MemoryReport:
+    """The most that a process holds at once in a step, where the model computes: counted, live tensors alone.
+
+    Args:
+        by_component: bytes at that moment, of each of :data:`COMPONENTS`; they add up to the peak. "trained" are
+            parameters that are trained, beside the frozen "weights"; "activations" what forward keeps for backward;
+            "working" what a layer needs while it computes.
+        moment: where in the step that is, in words.
+        layers: what each kind of layer keeps.
+        tokens: of the micro-batch: the one of the data that takes most, or a full row where there are none.
+        supervised: of these tokens.
+        assumed: bytes that are not counted and assumed besides, by what they are: the context of CUDA, what its
+            allocator loses.
+        missing: parts that could not be counted, in words; the peak is at least what is said then.
+    """
+
+    by_component: Mapping[str, int]
+    moment: str
+    layers: tuple[LayerBytes, ...]
+    tokens: int
+    supervised: int
+    assumed: Mapping[str, int] = attrs.field(factory=dict)
+    missing: tuple[str, ...] = ()
+
+    @property
+    def peak_bytes(self) -> int:
+        """Live tensors at the peak."""
+        return sum(self.by_component.values())
+
+    @property
+    def needed_bytes(self) -> int:
+        """With what is assumed besides."""
+        return self.peak_bytes + sum(self.assumed.values())

@@ -1,0 +1,154 @@
+"""Which storages of tensors are there when: a record of the operations of a step.
+
+A step of a deep model is a step of a shallow one of which the middle is repeated: the record is divided into
+segments, and :meth:`LiveBytes.peak` goes through some of them as often as they occur.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+FORWARD, LOSS, BACKWARD, UPDATE = "forward", "loss", "backward", "update"
+
+
+@attrs.define(eq=False)
+class Segment:
+    """A part of a step.
+
+    Args:
+        phase: FORWARD, LOSS, BACKWARD or UPDATE.
+        name: for people.
+        group: neighbouring segments of one group are repeated together; None of those that occur once.
+        events: numbers of storages as they come, and ``~number`` as they go.
+    """
+
+    phase: str
+    name: str
+    group: str | None = None
+    events: list[int] = attrs.field(factory=list)
+
+
+@attrs.frozen
+class Peak:
+    """When most is there.
+
+    Args:
+        by_component: bytes of each component.
+        segment: the part of the step.
+    """
+
+    by_component: dict[str, int]
+    segment: Segment
+
+
+class LiveBytes(TorchDispatchMode):
+    """Records every storage that operations make while the mode is on.
+
+    Attributes:
+        segments: of the step so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.segments = [Segment(FORWARD, "before the first layer")]
+        self._bytes: list[int] = []
+        self._born: list[Segment] = []
+        self._gone: dict[int, Segment] = {}
+        self._numbers: dict[int, int] = {}  # of storages that are there, by their address
+        self._labels: dict[int, str] = {}
+        self._known: dict[int, Any] = {}  # held, so that no other storage takes their address
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._see(leaf.untyped_storage())
+        return result
+
+    def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Leave out what is there from step to step, and counted by other means."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._known[storage._cdata] = storage  # noqa: SLF001 - its only identity
+
+    def label(self, tensor: torch.Tensor, component: str) -> None:
+        """Say what a tensor is, whenever it was made."""
+        number = self._numbers.get(tensor.untyped_storage()._cdata)  # noqa: SLF001
+        if number is not None:
+            self._labels[number] = component
+
+    def begin(self, phase: str, name: str, group: str | None = None) -> None:
+        """Begin a part of the step."""
+        self.segments.append(Segment(phase, name, group))
+
+    @property
+    def phase(self) -> str:
+        """Of the part that is being recorded."""
+        return self.segments[-1].phase
+
+    def _see(self, storage: Any) -> None:
+        key = storage._cdata  # noqa: SLF001
+        if key in self._numbers or key in self._known:
+            return
+        number = self._numbers[key] = len(self._bytes)
+        self._bytes.append(storage.nbytes())
+        self._born.append(self.segments[-1])
+        self.segments[-1].events.append(number)
+        weakref.finalize(storage, self._go, key, number)
+
+    def _go(self, key: int, number: int) -> None:
+        del self._numbers[key]
+        self._gone[number] = self.segments[-1]
+        self.segments[-1].events.append(~number)
+
+    def _component(self, number: int) -> str:
+        """What a storage is, by when it was made and when it went."""
+        if number in self._labels:
+            return self._labels[number]
+        born, gone = self._born[number].phase, self._gone.get(number)
+        if born == LOSS:
+            return "loss"
+        is_kept = born == FORWARD and (gone is None or gone.phase != FORWARD)
+        return "activations" if is_kept else "working"
+
+    def peak(self, start: Mapping[str, int], repeats: Mapping[str, int]) -> Peak:
+        """The most that is there at once.
+
+        Args:
+            start: bytes of each component before the step.
+            repeats: how often the segments of each group occur.
+        """
+        components = [self._component(number) for number in range(len(self._bytes))]
+        live = Counter(start)
+        total = largest = sum(start.values())
+        found = Peak(dict(live), self.segments[0])
+        for segment in self._unrolled(repeats):
+            for event in segment.events:
+                number, sign = (event, 1) if event >= 0 else (~event, -1)
+                live[components[number]] += sign * self._bytes[number]
+                total += sign * self._bytes[number]
+                if total > largest:
+                    largest = total
+                    found = Peak(dict(live), segment)
+        return found
+
+    def kept(self, segment: Segment) -> int:
+        """The bytes that are there behind a part of the step and were not before."""
+        return sum(self._bytes[event] if event >= 0 else -self._bytes[~event] for event in segment.events)
+
+    def _unrolled(self, repeats: Mapping[str, int]) -> Iterator[Segment]:
+        for group, segments in itertools.groupby(self.segments, key=lambda segment: segment.group):
+            together: Sequence[Segment] = list(segments)
+            for _ in range(1 if group is None else repeats[group]):
+                yield from together

@@ -1,0 +1,267 @@
+"""The memory of a step, counted in a simulation: the modules that train, on tensors that hold nothing.
+
+Models are built on the meta device, and given fake tensors for parameters (torch's ``FakeTensorMode``), with which
+a step goes through all of its operations. The middle of a deep model, whose layers are alike, is simulated once.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import attrs
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from qwenft.data.stream import Batch
+from qwenft.family.inventory import inventory, role_of
+from qwenft.kernels.device import planned_on
+from qwenft.kernels.layout import SequenceLayout
+from qwenft.models.bind import causal_of, decoder_of
+from qwenft.models.load import model_on_meta, named_weights
+from qwenft.models.lora import base_name, unwrapped
+from qwenft.models.mtp import one_token_on
+from qwenft.models.precision import RoutedExperts
+from qwenft.models.quantize import empty_scales
+from qwenft.plan.coverage import trained_weights
+from qwenft.plan.memory import LayerBytes, MemoryReport
+from qwenft.plan.records import accumulates, state_bytes
+from qwenft.plan.storage import Storage
+from qwenft.training.in_backward import step_in_backward
+from qwenft.training.learner import Learner
+from qwenft.training.live_bytes import BACKWARD, FORWARD, LOSS, UPDATE, LiveBytes
+from qwenft.training.prepare import adapted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Sequence
+
+    from qwenft.family.architectures import Architecture
+    from qwenft.plan.draft import Draft
+
+T = TypeVar("T")
+_FORWARD_AGAIN, _BACKWARD_AGAIN = "middle forward", "middle backward"
+
+
+@attrs.frozen
+class Row:
+    """A micro-batch, as far as its memory depends on it.
+
+    Args:
+        lengths: tokens of its documents.
+        supervised: how many tokens are trained.
+        accumulates: other micro-batches of its step were before it.
+    """
+
+    lengths: tuple[int, ...]
+    supervised: int
+    accumulates: bool = False
+
+
+def simulate(draft: Draft, row: Row) -> MemoryReport:
+    """Count what one process holds at once in a step.
+
+    Args:
+        draft: what is planned.
+        row: the micro-batch that takes most.
+    """
+    shallow, repeats = _shallow(draft)
+    storage = Storage.of(draft.model, shallow)
+    live = LiveBytes()
+    with torch.random.fork_rng(), planned_on(draft.machine.device):
+        model = adapted(
+            model_on_meta(shallow, storage),
+            shallow,
+            adapter=draft.adapter,
+            trained=trained_weights(shallow, draft.adapter),
+            training=draft.training,
+            backends=draft.backends,
+            compute_dtype=draft.compute_dtype,
+            source=draft.model.source,
+            on_meta=True,
+        )
+        batch = _batch(row)
+        following = one_token_on(batch).located() if draft.adapter.mtp_weight else None
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            _give_memory(model)
+            scales = _give_scales(model, shallow, storage)
+            live.ignore(scales)
+            learner = Learner(
+                model,
+                draft.training,
+                device="cpu",
+                role_of=lambda name: role_of(shallow, base_name(name)),
+                mtp_weight=draft.adapter.mtp_weight,
+            )
+            _step(learner, live, batch, following, draft)
+    state = state_bytes(draft.architecture, draft.trained, draft.training, draft.storage)
+    start = {"weights": state.weights, "trained": state.trained, "optimizer": state.optimizer}
+    start["gradients"] = state.gradients if row.accumulates else 0
+    start["inputs"] = sum(tensor.nbytes for tensor in (batch.input_ids, batch.labels, batch.positions))
+    peak = live.peak(start, {_FORWARD_AGAIN: repeats, _BACKWARD_AGAIN: repeats})
+    return MemoryReport(
+        by_component=peak.by_component,
+        moment=peak.segment.name,
+        layers=_layers(live, draft.architecture),
+        tokens=sum(row.lengths),
+        supervised=row.supervised,
+    )
+
+
+def _shallow(draft: Draft) -> tuple[Architecture, int]:
+    """A model of three units of its layers, and how often its middle one stands in the whole model.
+
+    A unit is what repeats: types of layers, and which of them are checkpointed. Where not all units are trained
+    alike the model is left as it is, and its middle occurs once.
+    """
+    whole = draft.architecture
+    every = draft.training.activation_checkpointing or 1
+    unit = math.lcm(_period(whole.layer_types), every)
+    units = whole.layers // unit
+    if units <= 3 or whole.layers % unit or not _is_uniform(draft):
+        return whole, 1
+    shallow = attrs.evolve(whole, layers=3 * unit, layer_types=whole.layer_types[: 3 * unit])
+    return shallow, units - 2
+
+
+def _period(kinds: Sequence[str]) -> int:
+    """After how many layers their types repeat."""
+    return next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n] or n == len(kinds))
+
+
+def _is_uniform(draft: Draft) -> bool:
+    """Whether a weight that is trained in one layer is trained in all that have it."""
+    layers = {(w.half, w.module, w.parameter): w.layers for w in inventory(draft.architecture)}
+    trained = [entry.weight for entry in draft.trained]
+    return all(layers[w.half, w.module, w.parameter] == w.layers for w in trained)
+
+
+class _HostLayout(SequenceLayout):
+    """A layout of which everything that is derived has values: what is branched on is known."""
+
+    def derived(self, key: Hashable, make: Callable[[], T]) -> T:
+        with unset_fake_temporarily():
+            return super().derived(key, make)
+
+
+def _batch(row: Row) -> Batch:
+    tokens = sum(row.lengths)
+    ids = torch.zeros(tokens, dtype=torch.int64)
+    positions = torch.arange(tokens - row.supervised, tokens)
+    return Batch(ids, torch.zeros_like(ids), _HostLayout.from_lengths(row.lengths), positions=positions)
+
+
+def _give_memory(model: Any) -> None:
+    """Replace every parameter, all on the meta device, by one that pretends to be on the CPU."""
+    replaced: dict[torch.Tensor, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in replaced:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                fake = replaced[parameter] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                fake.grad_dtype = parameter.grad_dtype
+            setattr(module, name, replaced[parameter])
+
+
+def _give_scales(model: Any, architecture: Architecture, storage: Storage) -> list[torch.Tensor]:
+    """Put beside every quantized weight what its dense one is made with."""
+    weights, scales = named_weights(architecture), []
+    for name, parameter in causal_of(model).named_parameters():
+        key = unwrapped(name)
+        if key in weights and storage.is_quantized(weights[key], key):
+            held: Any = empty_scales(weights[key].shape, storage)
+            setattr(parameter, "SCB" if storage.kind == "int8" else "quant_state", held)
+            scales += _tensors_of(held)
+    return scales
+
+
+def _tensors_of(held: Any) -> list[torch.Tensor]:
+    if isinstance(held, torch.Tensor):
+        return [held]
+    nested = [] if held.state2 is None else [held.state2.absmax, held.state2.code, held.offset]
+    return [held.absmax, held.code, *nested]
+
+
+def _step(learner: Learner, live: LiveBytes, batch: Batch, following: Batch | None, draft: Draft) -> None:
+    """One step on a micro-batch, recorded."""
+    model, training = learner.model, draft.training
+    _mark_layers(model, live, draft)
+    _route_evenly(model)
+    live.ignore(model.parameters())
+    live.ignore(model.buffers())
+    for name, part in learner.trained.items():
+        part.register_post_accumulate_grad_hook(lambda part: live.label(part.grad, "gradients"))
+        if accumulates(training):
+            part.grad = torch.empty_like(part, dtype=learner.shares.parameters[name].grad_dtype)
+    with ExitStack() as stack:
+        if training.optimizer_in_backward:
+            stack.enter_context(step_in_backward(learner.optimizer, learner.shares))
+        stack.enter_context(learner.algorithms())
+        stack.enter_context(live)
+        total = learner.loss_of(batch, following).total / batch.tokens
+        live.begin(BACKWARD, "backward through the loss")
+        total.backward()
+        live.begin(UPDATE, "update")
+        if not training.optimizer_in_backward:
+            learner.clip_gradients()
+
+
+def _mark_layers(model: Any, live: LiveBytes, draft: Draft) -> None:
+    """Divide the record by the decoder's layers, forward and backward."""
+    decoder = decoder_of(model)
+    count = len(decoder.layers)
+    middle = range(count // 3, 2 * count // 3) if count < draft.architecture.layers else range(0)
+
+    def enter(layer: int, _: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if live.phase == FORWARD:
+            if layer == count:
+                live.begin(LOSS, "loss")
+            else:
+                live.begin(FORWARD, f"forward, layer {layer}", _FORWARD_AGAIN if layer in middle else None)
+        return (_Mark.apply(args[0], partial(leave, layer - 1)), *args[1:])
+
+    def leave(layer: int) -> None:
+        live.begin(BACKWARD, f"backward, layer {layer}", _BACKWARD_AGAIN if layer in middle else None)
+
+    for number, module in enumerate((*decoder.layers, decoder.norm)):
+        module.register_forward_pre_hook(partial(enter, number))
+
+
+class _Mark(torch.autograd.Function):
+    """The same tensor; calls a function when its gradient is known."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, function: Callable[[], None]) -> torch.Tensor:
+        ctx.function = function
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        ctx.function()
+        return grad, None
+
+
+class _EvenlyRouted(RoutedExperts):
+    """Experts that are chosen alike: most of them have work, and what is dense at a time is as large as it gets."""
+
+    def forward(self, hidden_states: Any, top_k_index: Any, top_k_weights: Any, **adapters: Any) -> Any:
+        slots = top_k_index.numel()
+        self.ends = [slots * (expert + 1) // self.num_experts for expert in range(self.num_experts)]
+        return super().forward(hidden_states, top_k_index, top_k_weights, **adapters)
+
+
+def _route_evenly(model: Any) -> None:
+    for module in causal_of(model).modules():
+        if type(module) is RoutedExperts:
+            module.__class__ = _EvenlyRouted
+
+
+def _layers(live: LiveBytes, architecture: Architecture) -> tuple[LayerBytes, ...]:
+    """What a layer of each kind, not the last, keeps for backward."""
+    kept: dict[str, int] = {}
+    forward = [segment for segment in live.segments if segment.name.startswith("forward, layer")]
+    for kind, segment in zip(architecture.layer_types, forward[:-1], strict=False):
+        kept[kind] = live.kept(segment)
+    counts = {kind: architecture.layer_types.count(kind) for kind in kept}
+    return tuple(LayerBytes(kind, counts[kind], count) for kind, count in kept.items())
