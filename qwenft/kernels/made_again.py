@@ -30,11 +30,12 @@ def made_again(x: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
     if others is not None or not torch.is_grad_enabled():
         yield
         return
-    storage, dtype, device = x.untyped_storage().data_ptr(), x.dtype, x.device
+    # Not by its address: tensors of a simulation have none.
+    storage, dtype, device = x.untyped_storage()._cdata, x.dtype, x.device  # noqa: SLF001
     made: weakref.ref[torch.UntypedStorage] | None = None
 
     def pack(saved: Tensor) -> Any:
-        if saved.untyped_storage().data_ptr() != storage:
+        if saved.untyped_storage()._cdata != storage:  # noqa: SLF001
             return saved
         return saved.storage_offset(), saved.shape, saved.stride()
 
