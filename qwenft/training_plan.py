@@ -19,24 +19,27 @@ from qwenft.models.checkpoint import checkpoint_folder
 from qwenft.plan.coverage import CoverageRow, coverage
 from qwenft.plan.findings import Finding, error
 from qwenft.plan.records import DataReport, StateBytes, state_bytes
+from qwenft.plan.rules.memory import not_simulated
 from qwenft.plan.rules.run import unsaved
 from qwenft.plan.storage import Storage, StorageRow, storage_rows
 from qwenft.specs.codec import Codec
 from qwenft.specs.parallel import ParallelSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from qwenft.comparison import Verification
     from qwenft.data.stream import Stream
     from qwenft.machine import Machine
     from qwenft.plan.draft import Draft
+    from qwenft.plan.memory import MemoryReport
     from qwenft.recipe import Recipe
     from qwenft.run import Run
     from qwenft.specs.data import DataSpec
     from qwenft.specs.model import ModelSpec
     from qwenft.training.engine import Prepared
     from qwenft.training.ranks import Ranks
+    from qwenft.training.simulate import Row
 
 
 @attrs.define(eq=False, repr=False, slots=False)
@@ -118,6 +121,58 @@ class TrainingPlan:
     def data_is_known(self) -> bool:
         """Whether the data have been counted already."""
         return "_corpus" in self.__dict__
+
+    @cached_property
+    def memory(self) -> MemoryReport:
+        """The most that a step holds at once; simulates the largest micro-batch at first use, in seconds.
+
+        It is that of the data where they have been counted (:attr:`data`), and else a full row of one document of
+        which every token is trained.
+
+        Raises:
+            PlanError: the recipe has no data, or something that is not simulated.
+        """
+        from qwenft.training.simulate import largest_row
+
+        data = self.recipe.data
+        if data is None:
+            raise PlanError([error("data", "what a step holds depends on its tokens", "plan.memory_of([2048])")])
+        if self.data_is_known and data.window is None:
+            row = largest_row(self._corpus.train)
+            return self._simulated(row)
+        tokens = data.row_tokens or data.max_length
+        return self.memory_of([tokens], accumulates=(self.recipe.training.tokens_per_step or 0) >= 2 * tokens)
+
+    def memory_of(
+        self, lengths: Sequence[int], *, supervised: int | None = None, accumulates: bool = False
+    ) -> MemoryReport:
+        """The most that a step on some micro-batch holds at once.
+
+        Args:
+            lengths: tokens of its documents.
+            supervised: how many of them are trained; all where None.
+            accumulates: other micro-batches of its step were before it.
+
+        Raises:
+            PlanError: the recipe has something that is not simulated.
+        """
+        from qwenft.training.simulate import Row
+
+        trained = sum(lengths) if supervised is None else supervised
+        return self._simulated(Row(tuple(lengths), trained, accumulates))
+
+    def _simulated(self, row: Row) -> MemoryReport:
+        from qwenft.training.simulate import simulate
+
+        hindrances = list(not_simulated(self.draft))
+        if hindrances:
+            raise PlanError(hindrances, subject="before this can be simulated")
+        return simulate(self.draft, row)
+
+    @property
+    def memory_is_known(self) -> bool:
+        """Whether the largest step has been simulated already."""
+        return "memory" in self.__dict__
 
     def explain(self) -> str:
         """The plan as text."""
@@ -381,6 +436,7 @@ class TrainingPlan:
             "coverage": [attrs.asdict(row) for row in self.coverage],
             "trained_parameters": self.trained_parameters,
             "state_bytes": attrs.asdict(self.state),
+            "memory": attrs.asdict(self.memory) if self.memory_is_known else None,
             "storage": [attrs.asdict(row) for row in self.storage],
             "data": attrs.asdict(self.data) if self.data_is_known else None,
             "identity": self.identity if self.data_is_known else None,

@@ -15,7 +15,7 @@ _planned: ContextVar[str | None] = ContextVar("planned device", default=None)
 
 
 def device_type(tensor: Tensor) -> str:
-    """ "cpu" or "cuda": where a tensor is, or where a plan takes it to be."""
+    """Where a tensor is, or where a plan takes it to be: "cpu" or "cuda"."""
     return _planned.get() or tensor.device.type
 
 

@@ -102,14 +102,15 @@ def routed_experts(
         [T, H].
     """
     if together is None:
-        together = _together(x, gate_up)
+        together = together_on(x, gate_up)
     routes = _routes(chosen, dense_shape(gate_up)[0], together, ends)
     pairs = [(pair.a, pair.b) if pair else (None, None) for pair in (gate_up_lora, down_lora)]
     scalings = tuple(pair.scaling if pair else 0.0 for pair in (gate_up_lora, down_lora))
     return _RoutedExperts.apply(x, weights, gate_up, down, *pairs[0], *pairs[1], scalings, routes)
 
 
-def _together(x: Tensor, stack: Tensor) -> int:
+def together_on(x: Tensor, stack: Tensor) -> int:
+    """How many experts of a stack have their products made together, for inputs like ``x``."""
     experts, rows, columns = dense_shape(stack)
     if device_type(x) == "cpu":
         return 1

@@ -34,8 +34,8 @@ class MemoryReport:
 
     Args:
         by_component: bytes at that moment, of each of :data:`COMPONENTS`; they add up to the peak. "trained" are
-            parameters that are trained, beside the frozen "weights"; "activations" what forward keeps for backward;
-            "working" what a layer needs while it computes.
+            parameters that are trained, beside the frozen "weights"; "activations" what forward keeps for
+            backward; "working" what a layer needs while it computes.
         moment: where in the step that is, in words.
         layers: what each kind of layer keeps.
         tokens: of the micro-batch: the one of the data that takes most, or a full row where there are none.

@@ -100,6 +100,7 @@ def facts(plan: TrainingPlan) -> list[tuple[str, str]]:
         ("training", training_text(recipe.training)),
         ("state", state_text(plan.state, draft.ranks)),
         ("activations", activations_text(recipe.training)),
+        ("memory", memory_text(plan)),
         ("disk", disk_text(plan)),
     ]
 
@@ -159,6 +160,19 @@ def activations_text(training: TrainingSpec) -> str:
     layers = "every layer" if every == 1 else f"one layer in {every}"
     kept = "kept on the host until then" if training.activation_offloading else "kept"
     return f"{layers} computed again in backward, its input {kept}"
+
+
+def memory_text(plan: TrainingPlan) -> str:
+    """The peak of a step by component, or that it has not been simulated."""
+    if not plan.memory_is_known:
+        return "not yet computed (plan.memory simulates a step)"
+    memory = plan.memory
+    parts = sorted(memory.by_component.items(), key=lambda part: -part[1])
+    listed = ", ".join(f"{name} {bytes_text(count)}" for name, count in parts if count)
+    return (
+        f"{bytes_text(memory.peak_bytes)} of live tensors at most, in {memory.moment}, with {memory.tokens:,} "
+        f"tokens, {memory.supervised:,} of them trained: {listed}"
+    )
 
 
 def disk_text(plan: TrainingPlan) -> str:

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from qwenft.data.stream import Batch
 from qwenft.family.inventory import inventory, role_of
 from qwenft.kernels.device import planned_on
+from qwenft.kernels.experts import together_on
 from qwenft.kernels.layout import SequenceLayout
 from qwenft.models.bind import causal_of, decoder_of
 from qwenft.models.load import model_on_meta, named_weights
@@ -37,6 +38,7 @@ from qwenft.training.prepare import adapted
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
+    from qwenft.data.stream import Stream
     from qwenft.family.architectures import Architecture
     from qwenft.plan.draft import Draft
 
@@ -57,6 +59,16 @@ class Row:
     lengths: tuple[int, ...]
     supervised: int
     accumulates: bool = False
+
+
+def largest_row(stream: Stream) -> Row:
+    """The row of an epoch with most tokens, and of those the one with most that are trained."""
+    rows, several = [], False
+    for _, step in stream.steps():
+        several = several or len(step) > stream.ranks
+        rows += step
+    largest = max(rows, key=lambda row: (sum(map(len, row)), sum(document.supervised for document in row)))
+    return Row(tuple(map(len, largest)), sum(document.supervised for document in largest), several)
 
 
 def simulate(draft: Draft, row: Row) -> MemoryReport:
@@ -98,7 +110,7 @@ def simulate(draft: Draft, row: Row) -> MemoryReport:
     state = state_bytes(draft.architecture, draft.trained, draft.training, draft.storage)
     start = {"weights": state.weights, "trained": state.trained, "optimizer": state.optimizer}
     start["gradients"] = state.gradients if row.accumulates else 0
-    start["inputs"] = sum(tensor.nbytes for tensor in (batch.input_ids, batch.labels, batch.positions))
+    start["inputs"] = batch.input_ids.nbytes + batch.labels.nbytes + 8 * row.supervised
     peak = live.peak(start, {_FORWARD_AGAIN: repeats, _BACKWARD_AGAIN: repeats})
     return MemoryReport(
         by_component=peak.by_component,
@@ -121,7 +133,8 @@ def _shallow(draft: Draft) -> tuple[Architecture, int]:
     units = whole.layers // unit
     if units <= 3 or whole.layers % unit or not _is_uniform(draft):
         return whole, 1
-    shallow = attrs.evolve(whole, layers=3 * unit, layer_types=whole.layer_types[: 3 * unit])
+    kinds: Any = whole.layer_types[: 3 * unit]
+    shallow = attrs.evolve(whole, layers=3 * unit, layer_types=kinds)
     return shallow, units - 2
 
 
@@ -243,11 +256,13 @@ class _Mark(torch.autograd.Function):
 
 
 class _EvenlyRouted(RoutedExperts):
-    """Experts that are chosen alike: most of them have work, and what is dense at a time is as large as it gets."""
+    """Experts that are chosen alike: as many as can be have work, and what is dense is as large as it gets."""
 
     def forward(self, hidden_states: Any, top_k_index: Any, top_k_weights: Any, **adapters: Any) -> Any:
-        slots = top_k_index.numel()
-        self.ends = [slots * (expert + 1) // self.num_experts for expert in range(self.num_experts)]
+        each = -(-top_k_index.numel() // self.num_experts)
+        # What is made of experts is gone before the next ones: two groups of them will do.
+        busy = 2 * together_on(hidden_states, self.gate_up_proj)
+        self.ends = [min(each * min(expert + 1, busy), top_k_index.numel()) for expert in range(self.num_experts)]
         return super().forward(hidden_states, top_k_index, top_k_weights, **adapters)
 
 

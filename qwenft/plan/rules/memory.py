@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from qwenft.plan.draft import Draft
     from qwenft.plan.findings import Finding
 
+#: Backends whose operations run on tensors that hold nothing.
+_SIMULATED = ("sdpa", "torch", "eager", "reference")
+
 
 def has_a_host(draft: Draft) -> Iterator[Finding]:
     """What is kept on the host is kept from a device that has memory of its own."""
@@ -66,3 +69,18 @@ def embeddings_on_host(draft: Draft) -> Iterator[Finding]:
         )
     if any(entry.weight.role == "embeddings" for entry in draft.trained):
         yield error(place, "the embeddings are trained, on the device", '.freeze("embeddings")')
+
+
+def not_simulated(draft: Draft) -> Iterator[Finding]:
+    """What a simulation of a step would leave out, so that its figure would be wrong."""
+    if draft.ranks > 1:
+        yield blocked("parallel", "steps of several processes are not simulated", "ParallelSpec.single()")
+    if draft.architecture.vision is not None:
+        yield blocked("model.vision", "the vision tower is not simulated", "model.text_only()")
+    if draft.training.activation_offloading:
+        yield blocked("training.activation_offloading", "it is not simulated", "activation_offloading=False")
+    for slot in draft.slots:
+        if slot.backend.name not in _SIMULATED:
+            listed = ", ".join(_SIMULATED)
+            fix = f'{slot.name}="{"torch" if slot.name == "linear" else "sdpa"}"'
+            yield blocked(f"attention.{slot.name}", f"{slot.backend.name} is not simulated; {listed} are", fix)

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import attrs
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import qwenft as qf
+from qwenft.testing import TinySizes, tiny_checkpoint
+from qwenft.training import simulate as module
+from qwenft.training.simulate import largest_row
+
+from .helpers import recipe
+
+LORA = qf.AdapterSpec.lora(rank=8)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """Tiny checkpoints of four units of layers, of which the simulation makes three."""
+    folder = tmp_path_factory.mktemp("deep")
+    sizes = TinySizes(layers=16)
+    return {kind: tiny_checkpoint(folder / kind, kind, sizes=sizes) for kind in ("dense", "moe")}
+
+
+def most_allocated(function):
+    """What torch's own profiler saw allocated and not freed, at most, while a function ran: bytes."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        function()
+    events = [event for event in run.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = largest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        largest = max(largest, live)
+    return largest
+
+
+def held(prepared):
+    """The bytes of weights with their scales, and of moments."""
+    return prepared.state_bytes - sum(
+        part.numel() * (part.grad_dtype or part.dtype).itemsize for part in prepared.trained.values()
+    )
+
+
+#: Of each case the checkpoint, what is trained, and numbers of the loop.
+QUICK = {
+    "dense lora kept": ("dense", LORA, {"activation_checkpointing": False}),
+    "moe full": ("moe", qf.AdapterSpec.full(), {}),
+}
+LONG = {
+    "dense lora": ("dense", LORA, {}),
+    "dense lora every second": ("dense", LORA, {"activation_checkpointing": 2}),
+    "dense full": ("dense", qf.AdapterSpec.full(), {}),
+    "dense full kept": ("dense", qf.AdapterSpec.full(), {"activation_checkpointing": False}),
+    "dense nf4": ("dense", LORA, {}),
+    "dense int8 kept": ("dense", LORA, {"activation_checkpointing": False}),
+    "dense sgd": ("dense", qf.AdapterSpec.full(), {"optimizer": "sgd"}),
+    "dense accumulates": ("dense", qf.AdapterSpec.full(), {"tokens_per_step": 512}),
+    "dense in backward": (
+        "dense",
+        qf.AdapterSpec.full(),
+        {"optimizer_in_backward": True, "max_grad_norm": None},
+    ),
+    "moe lora kept": ("moe", LORA, {"activation_checkpointing": False}),
+    "moe experts": ("moe", LORA.on("full_attention", "routed_experts", "router"), {}),
+    "moe nf4": ("moe", LORA, {}),
+}
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=pytest.mark.long) for n in LONG)])
+def test_a_step_holds_what_was_simulated(deep, name):
+    """The peak is within 4 % of what torch's profiler counts in a real step, on top of what is held before it."""
+    kind, adapter, training = {**QUICK, **LONG}[name]
+    asked = recipe(deep[kind], adapter=adapter, **training)
+    for quantized in ("nf4", "int8"):
+        asked = asked.with_model(asked.model.quantize(quantized)) if quantized in name else asked
+    plan = asked.compile()
+    prepared = plan.prepare()
+    row = largest_row(prepared.corpus.train)
+    steps = list(prepared.batches())
+    sizes = [max(batch.layout.total for batch in step) for step in steps]
+    step = steps[sizes.index(max(sizes))]
+    prepared.step(step)
+    step = [batch for batch in step if batch.layout.total == max(sizes)] if len(step) == 1 else step
+    measured = held(prepared) + most_allocated(lambda: prepared.step(step))
+    assert row.accumulates == (len(step) > 1)
+    assert plan.memory.peak_bytes == pytest.approx(measured, rel=0.04)
+    assert plan.memory.tokens == max(sizes)
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_layers_that_are_alike_are_simulated_once(deep, monkeypatch, checkpointed):
+    """A model of which the middle is repeated takes, to the byte, what one of all layers takes."""
+    plan = recipe(deep["dense"], adapter=LORA, activation_checkpointing=checkpointed).compile()
+    repeated = plan.memory_of([60, 40], supervised=50)
+    monkeypatch.setattr(module, "_is_uniform", lambda _: False)
+    whole = plan.memory_of([60, 40], supervised=50)
+    assert attrs.evolve(repeated, moment="") == attrs.evolve(whole, moment="")
+
+
+def test_a_simulation_changes_nothing_and_repeats(dense_checkpoint):
+    """Two of them give the same bytes; torch's random numbers go on as if there had been none."""
+    plan = recipe(dense_checkpoint, adapter=LORA).compile()
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    first, second = plan.memory_of([100]), plan.memory_of([100])
+    assert torch.equal(torch.rand(3), expected)
+    assert first == second
+    assert sum(first.by_component.values()) == first.peak_bytes
+
+
+def test_the_plan_tells_the_peak_when_it_is_known(dense_checkpoint):
+    """What was not simulated is not claimed; then the largest row of the data is."""
+    plan = recipe(dense_checkpoint, adapter=LORA).compile()
+    assert "memory      not yet computed (plan.memory simulates a step)" in plan.explain()
+    assert plan.memory.tokens == 128  # a full row, as the data have not been read
+    assert "of live tensors at most, in" in plan.explain()
+    again = recipe(dense_checkpoint, adapter=LORA).compile()
+    longest = max(sum(map(len, row)) for _, step in again.prepare().corpus.train.steps() for row in step)
+    assert again.memory.tokens == longest < 128
+
+
+def test_what_is_not_simulated_is_refused(dense_checkpoint):
+    """Rather than a figure that leaves something out."""
+    plan = recipe(dense_checkpoint).compile()
+    with pytest.raises(qf.PlanError, match=r"depends on its tokens[\s\S]*plan\.memory_of\(\[2048\]\)"):
+        qf.Recipe(plan.recipe.model).compile(strict=False).memory  # noqa: B018
+    large = qf.Recipe(qf.ModelSpec("qwen3.5-9b").with_vision()).compile(strict=False)
+    with pytest.raises(qf.PlanError, match="the vision tower is not simulated"):
+        large.memory_of([64])
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="peaks are told by the kernel")
+def test_a_model_of_any_size_takes_no_memory():
+    """The largest of the family is simulated in less than 3 GB, with nothing of it at hand."""
+    script = """
+import qwenft as qf
+model = qf.ModelSpec("qwen3.5-397b-a17b").text_only().quantize("nf4")
+memory = qf.Recipe(model, adapter=qf.AdapterSpec.lora(rank=16)).compile(strict=False).memory_of([256])
+assert memory.by_component["weights"] > 180 * 2**30, memory
+"""
+    process = subprocess.Popen([sys.executable, "-c", script])
+    _, status, usage = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert usage.ru_maxrss * 1024 < 3e9
