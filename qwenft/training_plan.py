@@ -132,14 +132,14 @@ class TrainingPlan:
         Raises:
             PlanError: the recipe has no data, or something that is not simulated.
         """
-        from qwenft.training.simulate import largest_row
+        from qwenft.training.simulate import largest_rows
 
         data = self.recipe.data
         if data is None:
             raise PlanError([error("data", "what a step holds depends on its tokens", "plan.memory_of([2048])")])
         if self.data_is_known and data.window is None:
-            row = largest_row(self._corpus.train)
-            return self._simulated(row)
+            reports = [self._simulated(row) for row in largest_rows(self._corpus.train)]
+            return max(reports, key=lambda report: report.peak_bytes)
         tokens = data.row_tokens or data.max_length
         return self.memory_of([tokens], accumulates=(self.recipe.training.tokens_per_step or 0) >= 2 * tokens)
 

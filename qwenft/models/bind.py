@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import Cache
 from transformers.models.qwen3_5 import modeling_qwen3_5 as dense
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from qwenft.kernels.layout import SequenceLayout
 from qwenft.kernels.made_again import made_again
@@ -235,13 +236,37 @@ def _attend_images(
 
 
 class _BoundVisionModel:
-    """The tower, which tells its layers once where the images of a call begin."""
+    """The tower, which tells its layers once where the images of a call begin.
+
+    What depends on the grids alone is computed where they are, on the host in training.
+    """
 
     def forward(self, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **kwargs: Any) -> Any:
+        return super().forward(  # type: ignore[misc]
+            hidden_states, grid_thw, **kwargs, **self.of_grids(grid_thw, hidden_states.device)
+        )
+
+    def of_grids(self: Any, grid_thw: torch.Tensor, device: torch.device) -> dict[str, Any]:
+        """What the tower is told of images beside their pixels: places, positions and where each begins."""
+        merge = self.spatial_merge_size
+        indices, weights = get_vision_interpolation_indices_and_weights(
+            grid_thw,
+            num_grid_per_side=self.num_grid_per_side,
+            mode=self.interpolation_mode,
+            align_corners=self.interpolation_align_corners,
+            spatial_merge_size=merge,
+        )
         # Each frame of a video stands alone, as in stock's get_vision_attention_seqlens.
         lengths = [height * width for frames, height, width in grid_thw.tolist() for _ in range(frames)]
-        layout = SequenceLayout.from_lengths(lengths, device=hidden_states.device)
-        return super().forward(hidden_states, grid_thw, image_layout=layout, **kwargs)  # type: ignore[misc]
+        layout = SequenceLayout.from_lengths(lengths, device=device)
+        return {
+            "interp_indices": indices.to(device),
+            "interp_weights": weights.to(device),
+            "position_ids": get_vision_position_ids(grid_thw, merge).to(device),
+            "cu_seqlens": layout.cu_seqlens,
+            "max_seqlen": layout.max_length,
+            "image_layout": layout,
+        }
 
 
 class BoundAttention(_BoundAttention, dense.Qwen3_5Attention):
@@ -385,7 +410,7 @@ def vision_features(model: Any, vision: VisionInputs) -> torch.Tensor:
     trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in tower.parameters())
     with torch.set_grad_enabled(trained):
         pixels = vision.pixel_values.to(tower.dtype)
-        features: torch.Tensor = tower(pixels, grid_thw=vision.grid_thw.to(pixels.device)).pooler_output
+        features: torch.Tensor = tower(pixels, grid_thw=vision.grid_thw).pooler_output
     return features
 
 

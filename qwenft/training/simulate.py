@@ -15,7 +15,7 @@ import attrs
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from qwenft.data.stream import Batch
+from qwenft.data.stream import Batch, VisionInputs
 from qwenft.family.inventory import inventory, role_of
 from qwenft.kernels.device import planned_on
 from qwenft.kernels.experts import together_on
@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from qwenft.plan.draft import Draft
 
 T = TypeVar("T")
-_FORWARD_AGAIN, _BACKWARD_AGAIN = "middle forward", "middle backward"
+#: The groups of segments that are repeated, forward and backward: of the decoder's layers and the tower's blocks.
+_AGAIN = {kind: (f"middle {kind}s forward", f"middle {kind}s backward") for kind in ("layer", "block")}
 
 
 @attrs.frozen
@@ -54,21 +55,38 @@ class Row:
         lengths: tokens of its documents.
         supervised: how many tokens are trained.
         accumulates: other micro-batches of its step were before it.
+        grids: frames, rows and columns of patches of each image and video.
     """
 
     lengths: tuple[int, ...]
     supervised: int
     accumulates: bool = False
+    grids: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def patches(self) -> int:
+        """Of all images and videos."""
+        return sum(map(math.prod, self.grids))
 
 
-def largest_row(stream: Stream) -> Row:
-    """The row of an epoch with most tokens, and of those the one with most that are trained."""
+def largest_rows(stream: Stream) -> list[Row]:
+    """The row of an epoch with most tokens, of those with most that are trained, and the one with most patches."""
     rows, several = [], False
     for _, step in stream.steps():
         several = several or len(step) > stream.ranks
         rows += step
-    largest = max(rows, key=lambda row: (sum(map(len, row)), sum(document.supervised for document in row)))
-    return Row(tuple(map(len, largest)), sum(document.supervised for document in largest), several)
+    found = [
+        Row(
+            tuple(map(len, row)),
+            sum(document.supervised for document in row),
+            several,
+            tuple(medium.grid for document in row for medium in document.media),
+        )
+        for row in rows
+    ]
+    longest = max(found, key=lambda row: (sum(row.lengths), row.supervised))
+    widest = max(found, key=lambda row: row.patches)
+    return [longest, widest] if widest.patches > longest.patches else [longest]
 
 
 def simulate(draft: Draft, row: Row) -> MemoryReport:
@@ -93,12 +111,12 @@ def simulate(draft: Draft, row: Row) -> MemoryReport:
             source=draft.model.source,
             on_meta=True,
         )
-        batch = _batch(row)
+        batch = _batch(row, shallow)
         following = one_token_on(batch).located() if draft.adapter.mtp_weight else None
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
             _give_memory(model)
-            scales = _give_scales(model, shallow, storage)
-            live.ignore(scales)
+            live.ignore(_give_scales(model, shallow, storage))
+            live.ignore(_inputs(batch := _faked(batch, fakes)))
             learner = Learner(
                 model,
                 draft.training,
@@ -110,8 +128,8 @@ def simulate(draft: Draft, row: Row) -> MemoryReport:
     state = state_bytes(draft.architecture, draft.trained, draft.training, draft.storage)
     start = {"weights": state.weights, "trained": state.trained, "optimizer": state.optimizer}
     start["gradients"] = state.gradients if row.accumulates else 0
-    start["inputs"] = batch.input_ids.nbytes + batch.labels.nbytes + 8 * row.supervised
-    peak = live.peak(start, {_FORWARD_AGAIN: repeats, _BACKWARD_AGAIN: repeats})
+    start["inputs"] = sum(tensor.nbytes for tensor in _inputs(batch))
+    peak = live.peak(start, repeats)
     return MemoryReport(
         by_component=peak.by_component,
         moment=peak.segment.name,
@@ -121,21 +139,28 @@ def simulate(draft: Draft, row: Row) -> MemoryReport:
     )
 
 
-def _shallow(draft: Draft) -> tuple[Architecture, int]:
-    """A model of three units of its layers, and how often its middle one stands in the whole model.
+def _shallow(draft: Draft) -> tuple[Architecture, dict[str, int]]:
+    """A model of three units of its layers, and how often the middle ones stand in the whole model.
 
     A unit is what repeats: types of layers, and which of them are checkpointed. Where not all units are trained
     alike the model is left as it is, and its middle occurs once.
     """
-    whole = draft.architecture
+    shallow = whole = draft.architecture
+    repeats = dict.fromkeys((*_AGAIN["layer"], *_AGAIN["block"]), 1)
+    if not _is_uniform(draft):
+        return whole, repeats
     every = draft.training.activation_checkpointing or 1
     unit = math.lcm(_period(whole.layer_types), every)
     units = whole.layers // unit
-    if units <= 3 or whole.layers % unit or not _is_uniform(draft):
-        return whole, 1
-    kinds: Any = whole.layer_types[: 3 * unit]
-    shallow = attrs.evolve(whole, layers=3 * unit, layer_types=kinds)
-    return shallow, units - 2
+    if units > 3 and whole.layers % unit == 0:
+        kinds: Any = whole.layer_types[: 3 * unit]
+        shallow = attrs.evolve(whole, layers=3 * unit, layer_types=kinds)
+        repeats |= dict.fromkeys(_AGAIN["layer"], units - 2)
+    tower = whole.vision
+    if tower is not None and tower.depth // every > 3 and tower.depth % every == 0:
+        shallow = attrs.evolve(shallow, vision=attrs.evolve(tower, depth=3 * every))
+        repeats |= dict.fromkeys(_AGAIN["block"], tower.depth // every - 2)
+    return shallow, repeats
 
 
 def _period(kinds: Sequence[str]) -> int:
@@ -158,11 +183,37 @@ class _HostLayout(SequenceLayout):
             return super().derived(key, make)
 
 
-def _batch(row: Row) -> Batch:
+def _batch(row: Row, architecture: Architecture) -> Batch:
     tokens = sum(row.lengths)
     ids = torch.zeros(tokens, dtype=torch.int64)
     positions = torch.arange(tokens - row.supervised, tokens)
-    return Batch(ids, torch.zeros_like(ids), _HostLayout.from_lengths(row.lengths), positions=positions)
+    layout = _HostLayout.from_lengths(row.lengths)
+    vision, tower = None, architecture.vision
+    if row.grids and tower is not None:
+        values = tower.in_channels * tower.temporal * tower.patch**2
+        vision = VisionInputs(
+            torch.zeros(row.patches, values),
+            torch.tensor(row.grids),
+            torch.arange(row.patches // tower.merge**2),
+            layout.position_ids.expand(3, -1).clone(),
+        )
+    return Batch(ids, torch.zeros_like(ids), layout, positions=positions, vision=vision)
+
+
+def _inputs(batch: Batch) -> list[torch.Tensor]:
+    vision = batch.vision
+    of_images = [] if vision is None else [vision.pixel_values, vision.places, vision.position_ids]
+    return [batch.input_ids, batch.labels, *of_images]
+
+
+def _faked(batch: Batch, fakes: FakeTensorMode) -> Batch:
+    """The same of tensors that hold nothing; grids, positions and layout keep their values."""
+    vision = batch.vision
+    if vision is not None:
+        names = ("pixel_values", "places", "position_ids")
+        vision = attrs.evolve(vision, **{name: fakes.from_tensor(getattr(vision, name)) for name in names})
+    ids, labels = fakes.from_tensor(batch.input_ids), fakes.from_tensor(batch.labels)
+    return attrs.evolve(batch, input_ids=ids, labels=labels, vision=vision)
 
 
 def _give_memory(model: Any) -> None:
@@ -199,8 +250,12 @@ def _tensors_of(held: Any) -> list[torch.Tensor]:
 def _step(learner: Learner, live: LiveBytes, batch: Batch, following: Batch | None, draft: Draft) -> None:
     """One step on a micro-batch, recorded."""
     model, training = learner.model, draft.training
-    _mark_layers(model, live, draft)
-    _route_evenly(model)
+    decoder, tower = decoder_of(model), getattr(causal_of(model).model, "visual", None)
+    _mark(decoder.layers, decoder.norm, "layer", live, is_whole=len(decoder.layers) == draft.architecture.layers)
+    if tower is not None and draft.architecture.vision is not None:
+        depth = draft.architecture.vision.depth
+        _mark(tower.blocks, tower.merger, "block", live, is_whole=len(tower.blocks) == depth)
+    _know_values(model)
     live.ignore(model.parameters())
     live.ignore(model.buffers())
     for name, part in learner.trained.items():
@@ -220,24 +275,34 @@ def _step(learner: Learner, live: LiveBytes, batch: Batch, following: Batch | No
             learner.clip_gradients()
 
 
-def _mark_layers(model: Any, live: LiveBytes, draft: Draft) -> None:
-    """Divide the record by the decoder's layers, forward and backward."""
-    decoder = decoder_of(model)
-    count = len(decoder.layers)
-    middle = range(count // 3, 2 * count // 3) if count < draft.architecture.layers else range(0)
+def _mark(layers: Any, behind: Any, kind: str, live: LiveBytes, *, is_whole: bool) -> None:
+    """Divide the record by layers, forward and backward.
 
-    def enter(layer: int, _: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    Args:
+        layers: of the decoder, or blocks of the tower.
+        behind: the module that comes next: behind the decoder the loss begins.
+        kind: "layer" or "block".
+        live: the record.
+        is_whole: they are all that the model has; else the middle third stands for more.
+    """
+    count = len(layers)
+    middle = range(0) if is_whole else range(count // 3, 2 * count // 3)
+    forward_again, backward_again = _AGAIN[kind]
+
+    def enter(number: int, _: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if live.phase == FORWARD:
-            if layer == count:
+            if number < count:
+                live.begin(FORWARD, f"forward, {kind} {number}", forward_again if number in middle else None)
+            elif kind == "layer":
                 live.begin(LOSS, "loss")
             else:
-                live.begin(FORWARD, f"forward, layer {layer}", _FORWARD_AGAIN if layer in middle else None)
-        return (_Mark.apply(args[0], partial(leave, layer - 1)), *args[1:])
+                live.begin(FORWARD, "merger")
+        return (_Mark.apply(args[0], partial(leave, number - 1)), *args[1:])
 
-    def leave(layer: int) -> None:
-        live.begin(BACKWARD, f"backward, layer {layer}", _BACKWARD_AGAIN if layer in middle else None)
+    def leave(number: int) -> None:
+        live.begin(BACKWARD, f"backward, {kind} {number}", backward_again if number in middle else None)
 
-    for number, module in enumerate((*decoder.layers, decoder.norm)):
+    for number, module in enumerate((*layers, behind)):
         module.register_forward_pre_hook(partial(enter, number))
 
 
@@ -266,10 +331,25 @@ class _EvenlyRouted(RoutedExperts):
         return super().forward(hidden_states, top_k_index, top_k_weights, **adapters)
 
 
-def _route_evenly(model: Any) -> None:
+def _tower_of(bound: type) -> type:
+    """The class of a tower that knows the grids of its images, as of all else, by their values."""
+
+    class Tower(bound):  # type: ignore[misc,valid-type]
+        def of_grids(self, *args: Any) -> dict[str, Any]:
+            with unset_fake_temporarily():
+                found: dict[str, Any] = super().of_grids(*args)
+            return {**found, "image_layout": _HostLayout.from_lengths(found["image_layout"].lengths)}
+
+    return Tower
+
+
+def _know_values(model: Any) -> None:
+    """Tell modules what in a step they would ask tensors for."""
     for module in causal_of(model).modules():
         if type(module) is RoutedExperts:
             module.__class__ = _EvenlyRouted
+        elif hasattr(module, "of_grids"):
+            module.__class__ = _tower_of(type(module))
 
 
 def _layers(live: LiveBytes, architecture: Architecture) -> tuple[LayerBytes, ...]:

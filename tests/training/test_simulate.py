@@ -5,6 +5,8 @@ import subprocess
 import sys
 
 import attrs
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -12,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 import qwenft as qf
 from qwenft.testing import TinySizes, tiny_checkpoint
 from qwenft.training import simulate as module
-from qwenft.training.simulate import largest_row
+from qwenft.training.simulate import largest_rows
 
 from .helpers import recipe
 
@@ -39,11 +41,18 @@ def most_allocated(function):
     return largest
 
 
-def held(prepared):
-    """The bytes of weights with their scales, and of moments."""
-    return prepared.state_bytes - sum(
-        part.numel() * (part.grad_dtype or part.dtype).itemsize for part in prepared.trained.values()
-    )
+def measured(prepared, step):
+    """The most that is there in a step: weights with their scales, moments, the batch, and what is allocated."""
+    prepared.step(step)  # moments are there from the first one on
+    gradients = sum(part.numel() * (part.grad_dtype or part.dtype).itemsize for part in prepared.trained.values())
+    if prepared.training.optimizer_in_backward:
+        gradients = max(p.numel() * (p.grad_dtype or p.dtype).itemsize for p in prepared.trained.values())
+    batch = max(step, key=lambda batch: batch.layout.total)
+    given = [batch.input_ids, batch.labels]
+    if batch.vision is not None:
+        given += [batch.vision.pixel_values, batch.vision.places, batch.vision.position_ids]
+    before = prepared.state_bytes - gradients + sum(tensor.nbytes for tensor in given)
+    return before + most_allocated(lambda: prepared.step(step))
 
 
 #: Of each case the checkpoint, what is trained, and numbers of the loop.
@@ -80,16 +89,43 @@ def test_a_step_holds_what_was_simulated(deep, name):
         asked = asked.with_model(asked.model.quantize(quantized)) if quantized in name else asked
     plan = asked.compile()
     prepared = plan.prepare()
-    row = largest_row(prepared.corpus.train)
+    (row, *_) = largest_rows(prepared.corpus.train)
     steps = list(prepared.batches())
     sizes = [max(batch.layout.total for batch in step) for step in steps]
     step = steps[sizes.index(max(sizes))]
-    prepared.step(step)
-    step = [batch for batch in step if batch.layout.total == max(sizes)] if len(step) == 1 else step
-    measured = held(prepared) + most_allocated(lambda: prepared.step(step))
     assert row.accumulates == (len(step) > 1)
-    assert plan.memory.peak_bytes == pytest.approx(measured, rel=0.04)
+    assert plan.memory.peak_bytes == pytest.approx(measured(prepared, step), rel=0.04)
     assert plan.memory.tokens == max(sizes)
+
+
+VISION = {
+    "lora": LORA.on("full_attention", "mlp"),
+    "tower kept": LORA.on("mlp", "vision", "vision_merger"),
+    "full": qf.AdapterSpec.full(),
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["tower kept", *(pytest.param(n, marks=pytest.mark.long) for n in ("lora", "full"))]
+)
+def test_a_step_with_images_holds_what_was_simulated(tmp_path, name):
+    """Likewise with a tower of many blocks, trained or not, on the images of a row."""
+    checkpoint = tiny_checkpoint(tmp_path / "checkpoint", "vision", sizes=TinySizes(vision_depth=6))
+    rows = []
+    for number in range(4):
+        noise = np.random.default_rng(number).integers(0, 256, (64, 64 + 32 * number, 3), dtype=np.uint8)
+        PIL.Image.fromarray(noise).save(tmp_path / f"{number}.png")
+        seen = [{"type": "image", "image": f"{number}.png"}, {"type": "text", "text": "What is it?"}]
+        turns = [{"role": "user", "content": seen}, {"role": "assistant", "content": "noise, and nothing else"}]
+        rows.append({"messages": turns})
+    data = qf.DataSpec.messages(rows).with_max_length(256).pack().with_images(tmp_path)
+    training = qf.TrainingSpec(learning_rate=1e-3, activation_checkpointing="kept" not in name)
+    model = qf.ModelSpec(checkpoint, dtype="float32").with_vision()
+    plan = qf.Recipe(model, data, VISION[name], training=training).compile()
+    prepared = plan.prepare()
+    steps = list(prepared.batches())
+    step = max(steps, key=lambda step: step[0].layout.total)
+    assert plan.memory.peak_bytes == pytest.approx(measured(prepared, step), rel=0.04)
 
 
 @pytest.mark.parametrize("checkpointed", [True, False])
@@ -130,9 +166,9 @@ def test_what_is_not_simulated_is_refused(dense_checkpoint):
     plan = recipe(dense_checkpoint).compile()
     with pytest.raises(qf.PlanError, match=r"depends on its tokens[\s\S]*plan\.memory_of\(\[2048\]\)"):
         qf.Recipe(plan.recipe.model).compile(strict=False).memory  # noqa: B018
-    large = qf.Recipe(qf.ModelSpec("qwen3.5-9b").with_vision()).compile(strict=False)
-    with pytest.raises(qf.PlanError, match="the vision tower is not simulated"):
-        large.memory_of([64])
+    elsewhere = plan.recipe.with_attention(linear="fla").compile(machine=qf.Machine.named("L4"), strict=False)
+    with pytest.raises(qf.PlanError, match="fla is not simulated"):
+        elsewhere.memory_of([64])
 
 
 @pytest.mark.long

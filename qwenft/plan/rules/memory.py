@@ -75,8 +75,6 @@ def not_simulated(draft: Draft) -> Iterator[Finding]:
     """What a simulation of a step would leave out, so that its figure would be wrong."""
     if draft.ranks > 1:
         yield blocked("parallel", "steps of several processes are not simulated", "ParallelSpec.single()")
-    if draft.architecture.vision is not None:
-        yield blocked("model.vision", "the vision tower is not simulated", "model.text_only()")
     if draft.training.activation_offloading:
         yield blocked("training.activation_offloading", "it is not simulated", "activation_offloading=False")
     for slot in draft.slots:
