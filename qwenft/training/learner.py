@@ -121,7 +121,7 @@ class Learner:
             else:
                 total = self._at_head(lambda hidden, head: loss(hidden, batch, head), self.hidden(batch))
         if routing.counts:
-            counts = torch.stack(routing.counts)
+            counts = torch.stack(routing.counts) * (not batch.waits)  # another rank counts its tokens
             self.expert_counts = counts if self.expert_counts is None else self.expert_counts + counts
         if auxiliary:
             per_token = causal_of(self.model).config.get_text_config().num_experts_per_tok

@@ -6,6 +6,7 @@ last weights, and ``NAME.RANK.json`` the losses and what it held.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -16,8 +17,8 @@ from safetensors.torch import save_file
 import qwenft as qf
 
 
-def trained(recipe):
-    """The tensors and numbers of a recipe trained to its end."""
+def trained(recipe, *, rows=None):
+    """The tensors and numbers of a recipe trained to its end; or of so many rows a step, where each would be one."""
     prepared = recipe.compile().prepare()
     found, gradients = {"losses": [], "norms": [], "micro_batches": [], "tokens": []}, {}
 
@@ -27,8 +28,10 @@ def trained(recipe):
                 gradients[f"gradient {name}"] = part.grad.clone()
 
     prepared.optimizer.register_step_pre_hook(keep)
-    for _, batches in prepared.remaining():
+    for batches in [batches for _, batches in prepared.remaining()] if rows is None else together(prepared, rows):
         result = prepared.step(batches)
+        counts = prepared.expert_counts
+        found["experts"].append([] if counts is None else counts.tolist())
         found["losses"].append(result.loss)
         found["norms"].append(result.grad_norm)
         found["tokens"].append(result.tokens)
@@ -36,6 +39,13 @@ def trained(recipe):
     found["state_bytes"] = prepared.state_bytes
     weights = {f"weight {name}": part.detach() for name, part in prepared.trained.items() if part.numel()}
     return {**gradients, **weights}, found
+
+
+def together(prepared, rows):
+    """The micro-batches of steps of so many rows, as many steps as the recipe has."""
+    epochs = (list(itertools.chain.from_iterable(prepared.batches(epoch))) for epoch in itertools.count())
+    steps = (epoch[first : first + rows] for epoch in epochs for first in range(0, len(epoch), rows))
+    return itertools.islice(steps, prepared.corpus.report.steps)
 
 
 def main(folder):

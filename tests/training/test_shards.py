@@ -28,9 +28,11 @@ LORA = qf.AdapterSpec.lora(rank=4)
 def checkpoints(tmp_path_factory):
     """Tiny checkpoints whose scan remembers."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    return {
+    found = {
         kind: tiny_checkpoint(folder / kind, kind, a_log=-3.0) for kind in ("dense", "moe", "vision", "moe-vision")
     }
+    # Of a tensor of less than 4,096 numbers bitsandbytes keeps moments in 32 bits: shares are to have more.
+    return {**found, "wide": tiny_checkpoint(folder / "wide", "dense", sizes=TinySizes(hidden=256, ffn=256))}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ LONG = {
     "dense tokens": ("dense", LORA.on("mlp").train_tokens(3, 5), {}),
     "dense dora": ("dense", qf.AdapterSpec.lora(rank=4, dora=True), {}),
     "dense mtp": ("dense", FULL.train_mtp(0.3), {}),
-    "dense full 8bit": ("dense", FULL, {"optimizer": "adamw_8bit"}),
+    "dense full 8bit": ("wide", FULL, {"optimizer": "adamw_8bit"}),
     "dense full in backward": ("dense", FULL, IN_BACKWARD),
     "dense offload": ("dense", LORA, {}, qf.ParallelSpec.fsdp2(offload="cpu")),
     "dense full kept": ("dense", FULL, SGD, qf.ParallelSpec.fsdp2(reshard_after_forward=False)),
@@ -111,13 +113,13 @@ def case(checkpoints, pictures, name, *, steps):
     )
 
 
-def of_one_process(recipe, count):
-    """The recipe that does in one process what another one does in several."""
+def alone_on(recipe, count):
+    """What one process makes of a recipe for several."""
     recipe = recipe.with_parallel(qf.ParallelSpec.single())
     if not recipe.training.optimizer_in_backward:
-        return recipe
+        return trained(recipe)
     # A step is a row of each process: of one that has them all, it is several micro-batches.
-    return recipe.with_training(optimizer_in_backward=False, tokens_per_step=128 * count)
+    return trained(recipe.with_training(optimizer_in_backward=False), rows=count)
 
 
 def run_in_ranks(folder, count, nodes=("--standalone",)):
@@ -168,8 +170,22 @@ def results(checkpoints, pictures, count, tmp_path_factory, request):
     for name, recipe in recipes.items():
         recipe.save(folder / f"{name}.recipe.json")
     run_in_ranks(folder, count)
-    alone = {name: trained(of_one_process(recipe, count)) for name, recipe in recipes.items()}
+    alone = {name: alone_on(recipe, count) for name, recipe in recipes.items()}
     return {name: (*alone[name], *gathered(folder, name, count)) for name in names}
+
+
+def steps_alike(alone, found):
+    """The steps in which all tokens went to the experts that they go to in one process.
+
+    A router whose best experts are as good to six digits may choose either: it does so for a token or two of a run,
+    and the loss of that step is another one.
+    """
+    taken = [np.sum([own["experts"][n] for own in found], axis=0) for n in range(len(alone["experts"]))]
+    others = [
+        np.abs(np.subtract(one, of_all)).sum() // 2 for one, of_all in zip(alone["experts"], taken, strict=True)
+    ]
+    assert sum(others) <= 4
+    return [number for number, count in enumerate(others) if not count]
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=pytest.mark.long) for n in LONG)])
@@ -179,9 +195,12 @@ def test_several_processes_train_as_one(results, name):
     limit = 5e-4 if name.startswith("moe") else 1e-4 if "nf4" in name or "int8" in name else 1e-5
     if "8bit" in name:  # moments are quantized in blocks of what each process has, which are other ones
         limit = 2e-3
+    alike = steps_alike(alone, found)
     for own in found:
-        assert own["losses"] == pytest.approx(alone["losses"], abs=limit)
-        assert own["norms"] == pytest.approx(alone["norms"], rel=10 * limit)
+        assert [own["losses"][n] for n in alike] == pytest.approx([alone["losses"][n] for n in alike], abs=limit)
+        assert [own["norms"][n] for n in alike] == pytest.approx(
+            [alone["norms"][n] for n in alike], rel=10 * limit
+        )
         assert own["tokens"] == alone["tokens"]
     assert alone["losses"][-1] < alone["losses"][0]
     exact = not ("nf4" in name or "moe" in name or "8bit" in name)
