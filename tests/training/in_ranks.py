@@ -20,7 +20,7 @@ import qwenft as qf
 def trained(recipe, *, rows=None):
     """The tensors and numbers of a recipe trained to its end; or of so many rows a step, where each would be one."""
     prepared = recipe.compile().prepare()
-    found, gradients = {"losses": [], "norms": [], "micro_batches": [], "tokens": []}, {}
+    found, gradients = {"experts": [], "losses": [], "norms": [], "micro_batches": [], "tokens": []}, {}
 
     def keep(*_):
         for name, part in prepared.trained.items():
