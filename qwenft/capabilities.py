@@ -101,6 +101,9 @@ class Backend(ABC):
     #: It gives the same bits again: on a CPU, and on CUDA where torch is asked for deterministic algorithms.
     deterministic: bool = True
 
+    #: Its operations are torch's own, so that a simulation can count what they hold; a launched kernel's are not.
+    traceable: bool = True
+
     #: Where it fetches code from the network, "org/name@commit", or None.
     remote_code: str | None = None
 

@@ -17,7 +17,7 @@ from qwenft.family.inventory import role_of
 from qwenft.models.adapter import TENSORS, Adapter
 from qwenft.models.checkpoint import checkpoint_folder
 from qwenft.plan.coverage import CoverageRow, coverage
-from qwenft.plan.findings import Finding, error
+from qwenft.plan.findings import Finding, blocked, error
 from qwenft.plan.records import DataReport, StateBytes, state_bytes
 from qwenft.plan.rules.memory import not_simulated
 from qwenft.plan.rules.run import unsaved
@@ -162,12 +162,21 @@ class TrainingPlan:
         return self._simulated(Row(tuple(lengths), trained, accumulates))
 
     def _simulated(self, row: Row) -> MemoryReport:
-        from qwenft.training.simulate import simulate
+        from qwenft.training.simulate import NOT_FOLLOWED, simulate
 
         hindrances = list(not_simulated(self.draft))
         if hindrances:
             raise PlanError(hindrances, subject="before this can be simulated")
-        return simulate(self.draft, row)
+        try:
+            return simulate(self.draft, row)
+        except NOT_FOLLOWED as problem:
+            listed = ", ".join(f"{slot.name} = {slot.backend!r}" for slot in self.draft.slots)
+            hindrance = blocked(
+                "attention",
+                f"a step asks tensors for values that a simulation does not have ({problem}); backends: {listed}",
+                "shapes and branches by the layout's lengths, which are numbers, or by no values at all",
+            )
+            raise PlanError([hindrance], subject="before this can be simulated") from problem
 
     @property
     def memory_is_known(self) -> bool:

@@ -52,6 +52,7 @@ class FlaDeltaRule(LinearAttentionBackend):
     name = "fla"
     supports_packing = True
     uses_flash_lib = False
+    traceable = False
 
     def availability(self, machine: Machine) -> Availability:
         """On GPUs from Ampere on, with versions of FLA and Triton that are not known to be wrong there."""

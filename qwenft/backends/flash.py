@@ -104,6 +104,7 @@ class FlashAttention(AttentionBackend):
     supports_packing = True
     uses_flash_lib = True
     needs_half_precision = True
+    traceable = False
 
     def __init__(self, version: int = 2) -> None:
         if type(version) is not int or version not in RELEASES:

@@ -39,6 +39,7 @@ class FlexAttention(AttentionBackend):
     name = "flex_attention"
     supports_packing = True
     uses_flash_lib = False
+    traceable = False
 
     def availability(self, machine: Machine) -> Availability:
         """On a CPU; on GPUs from Ampere on where Triton is installed, through which torch compiles the kernel."""

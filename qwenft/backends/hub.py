@@ -66,6 +66,7 @@ class HubAttention(AttentionBackend):
 
     #: Known of flash-attention alone; a subclass may know better.
     deterministic: bool = False
+    traceable: bool = False
 
     def __init__(self, name: str, *, revision: str | None = None) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qwenft.testing.checkpoint import TinySizes, tiny_checkpoint
     from qwenft.testing.conformance import check_attention, check_linear_attention
+    from qwenft.testing.memory import measured_peak
     from qwenft.testing.stock import StockResult, stock_logits
     from qwenft.testing.tokenizer import train_tokenizer
 
@@ -16,6 +17,7 @@ __all__ = [
     "TinySizes",
     "check_attention",
     "check_linear_attention",
+    "measured_peak",
     "stock_logits",
     "tiny_checkpoint",
     "train_tokenizer",
@@ -26,6 +28,7 @@ _HOMES = {
     "TinySizes": "checkpoint",
     "check_attention": "conformance",
     "check_linear_attention": "conformance",
+    "measured_peak": "memory",
     "stock_logits": "stock",
     "tiny_checkpoint": "checkpoint",
     "train_tokenizer": "tokenizer",

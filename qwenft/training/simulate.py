@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+    unset_fake_temporarily,
+)
 
 from qwenft.data.stream import Batch, VisionInputs
 from qwenft.family.inventory import inventory, role_of
@@ -43,6 +49,8 @@ if TYPE_CHECKING:
     from qwenft.plan.draft import Draft
 
 T = TypeVar("T")
+#: What a step raises that asks a tensor for a value, or calls what torch knows no shapes of.
+NOT_FOLLOWED = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 #: The groups of segments that are repeated, forward and backward: of the decoder's layers and the tower's blocks.
 _AGAIN = {kind: (f"middle {kind}s forward", f"middle {kind}s backward") for kind in ("layer", "block")}
 

@@ -9,10 +9,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import qwenft as qf
-from qwenft.testing import TinySizes, tiny_checkpoint
+from qwenft.testing import TinySizes, measured_peak, tiny_checkpoint
 from qwenft.training import simulate as module
 from qwenft.training.simulate import largest_rows
 
@@ -27,32 +26,6 @@ def deep(tmp_path_factory):
     folder = tmp_path_factory.mktemp("deep")
     sizes = TinySizes(layers=16)
     return {kind: tiny_checkpoint(folder / kind, kind, sizes=sizes) for kind in ("dense", "moe")}
-
-
-def most_allocated(function):
-    """What torch's own profiler saw allocated and not freed, at most, while a function ran: bytes."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
-        function()
-    events = [event for event in run.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = largest = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        largest = max(largest, live)
-    return largest
-
-
-def measured(prepared, step):
-    """The most that is there in a step: weights with their scales, moments, the batch, and what is allocated."""
-    prepared.step(step)  # moments are there from the first one on
-    gradients = sum(part.numel() * (part.grad_dtype or part.dtype).itemsize for part in prepared.trained.values())
-    if prepared.training.optimizer_in_backward:
-        gradients = max(p.numel() * (p.grad_dtype or p.dtype).itemsize for p in prepared.trained.values())
-    batch = max(step, key=lambda batch: batch.layout.total)
-    given = [batch.input_ids, batch.labels]
-    if batch.vision is not None:
-        given += [batch.vision.pixel_values, batch.vision.places, batch.vision.position_ids]
-    before = prepared.state_bytes - gradients + sum(tensor.nbytes for tensor in given)
-    return before + most_allocated(lambda: prepared.step(step))
 
 
 #: Of each case the checkpoint, what is trained, and numbers of the loop.
@@ -94,7 +67,7 @@ def test_a_step_holds_what_was_simulated(deep, name):
     sizes = [max(batch.layout.total for batch in step) for step in steps]
     step = steps[sizes.index(max(sizes))]
     assert row.accumulates == (len(step) > 1)
-    assert plan.memory.peak_bytes == pytest.approx(measured(prepared, step), rel=0.04)
+    assert plan.memory.peak_bytes == pytest.approx(measured_peak(prepared, step), rel=0.04)
     assert plan.memory.tokens == max(sizes)
 
 
@@ -125,7 +98,7 @@ def test_a_step_with_images_holds_what_was_simulated(tmp_path, name):
     prepared = plan.prepare()
     steps = list(prepared.batches())
     step = max(steps, key=lambda step: step[0].layout.total)
-    assert plan.memory.peak_bytes == pytest.approx(measured(prepared, step), rel=0.04)
+    assert plan.memory.peak_bytes == pytest.approx(measured_peak(prepared, step), rel=0.04)
 
 
 @pytest.mark.parametrize("checkpointed", [True, False])
@@ -167,8 +140,30 @@ def test_what_is_not_simulated_is_refused(dense_checkpoint):
     with pytest.raises(qf.PlanError, match=r"depends on its tokens[\s\S]*plan\.memory_of\(\[2048\]\)"):
         qf.Recipe(plan.recipe.model).compile(strict=False).memory  # noqa: B018
     elsewhere = plan.recipe.with_attention(linear="fla").compile(machine=qf.Machine.named("L4"), strict=False)
-    with pytest.raises(qf.PlanError, match="fla is not simulated"):
+    with pytest.raises(qf.PlanError, match="the kernels of fla hold cannot be counted"):
         elsewhere.memory_of([64])
+
+
+class AsksTensors(qf.AttentionBackend):
+    """A backend that branches on values."""
+
+    name = "asks_tensors"
+    supports_packing = True
+    uses_flash_lib = False
+
+    def attend(self, query, key, value, *, layout, scale, causal=True):
+        """As torch's own does, after a look at the numbers."""
+        assert query.isfinite().all()
+        return qf.backends.full("sdpa").attend(query, key, value, layout=layout, scale=scale, causal=causal)
+
+
+def test_a_backend_that_cannot_be_followed_is_named(dense_checkpoint):
+    """What asks a tensor for its values has none in a simulation: it is said, with the backends of the plan."""
+    plan = recipe(dense_checkpoint).with_attention(full=AsksTensors()).compile()
+    with pytest.raises(
+        qf.PlanError, match=r"asks tensors for values[\s\S]*AsksTensors\(\)[\s\S]*layout's lengths"
+    ):
+        plan.memory_of([20])
 
 
 @pytest.mark.long

@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from qwenft.plan.draft import Draft
     from qwenft.plan.findings import Finding
 
-#: Backends whose operations run on tensors that hold nothing.
-_SIMULATED = ("sdpa", "torch", "eager", "reference")
-
 
 def has_a_host(draft: Draft) -> Iterator[Finding]:
     """What is kept on the host is kept from a device that has memory of its own."""
@@ -78,7 +75,7 @@ def not_simulated(draft: Draft) -> Iterator[Finding]:
     if draft.training.activation_offloading:
         yield blocked("training.activation_offloading", "it is not simulated", "activation_offloading=False")
     for slot in draft.slots:
-        if slot.backend.name not in _SIMULATED:
-            listed = ", ".join(_SIMULATED)
+        if not slot.backend.traceable:
             fix = f'{slot.name}="{"torch" if slot.name == "linear" else "sdpa"}"'
-            yield blocked(f"attention.{slot.name}", f"{slot.backend.name} is not simulated; {listed} are", fix)
+            problem = f"what the kernels of {slot.backend.name} hold cannot be counted (traceable = False)"
+            yield blocked(f"attention.{slot.name}", problem, fix)
