@@ -48,6 +48,7 @@ class AttentionProblem:
         head_dim: D.
         max_length: the longest document, in tokens.
         compute_capability: of the GPU, such as (9, 0), or None.
+        lengths: tokens of the documents of a stream, where one is meant.
     """
 
     device: str
@@ -57,6 +58,20 @@ class AttentionProblem:
     head_dim: int
     max_length: int
     compute_capability: tuple[int, int] | None = None
+    lengths: tuple[int, ...] = ()
+
+
+@attrs.frozen
+class Workspace:
+    """What kernels hold while they run, beside arguments, results, gradients of either and what is saved.
+
+    Args:
+        forward: bytes at most.
+        backward: bytes at most.
+    """
+
+    forward: int = 0
+    backward: int = 0
 
 
 @attrs.frozen
@@ -72,6 +87,7 @@ class LinearAttentionProblem:
         value_dim: E.
         max_length: the longest document, in tokens.
         compute_capability: of the GPU, such as (9, 0), or None.
+        lengths: tokens of the documents of a stream, where one is meant.
     """
 
     device: str
@@ -82,6 +98,7 @@ class LinearAttentionProblem:
     value_dim: int
     max_length: int
     compute_capability: tuple[int, int] | None = None
+    lengths: tuple[int, ...] = ()
 
 
 class Backend(ABC):
@@ -129,6 +146,20 @@ class Backend(ABC):
     def refuses(self, problem: Any) -> str | None:
         """Why it cannot compute ``problem``, whatever is installed, or None where it can."""
         return None
+
+    def saved_tensors(self, problem: Any) -> dict[str, int]:
+        """Bytes of what attention, or the gated delta rule, keeps for backward, by name.
+
+        Of a backend that is not ``traceable``; the arguments of full attention, kept too, are not among them.
+
+        Raises:
+            NotImplementedError: the backend does not say.
+        """
+        raise NotImplementedError
+
+    def workspace(self, problem: Any) -> Workspace:
+        """What it holds while it runs; as for :meth:`saved_tensors`."""
+        raise NotImplementedError
 
     def fields(self) -> dict[str, Any]:
         """Its constructor's arguments, read back from attributes of the same names."""

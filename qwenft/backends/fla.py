@@ -8,7 +8,7 @@ import attrs
 from packaging.version import Version
 
 from qwenft.backends.requirements import before_ampere, installed
-from qwenft.capabilities import Availability, LinearAttentionBackend
+from qwenft.capabilities import Availability, LinearAttentionBackend, Workspace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +42,8 @@ NEEDED_ON_HOPPER = (
     *NEEDED,
     _Needed("triton", "3.7.1", "older ones miscompile its backward pass for Hopper, and gradients are wrong"),
 )
+_CHUNK, _FLOAT32 = 64, 4
+_ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 #: What the state's kernels assert (fla.ops.common.chunk_delta_h).
 LARGEST_KEY_DIM = 256
 
@@ -77,6 +79,37 @@ class FlaDeltaRule(LinearAttentionBackend):
             # fla.ops.common.chunk_o.chunk_bwd_dv
             return f"odd head dims are miscompiled in 16 bits: {problem.key_dim} and {problem.value_dim}"
         return None
+
+    def saved_tensors(self, problem: LinearAttentionProblem) -> dict[str, int]:
+        """What ``ChunkGatedDeltaRuleFunction`` saves (fla.ops.gated_delta_rule.chunk, version 0.6).
+
+        Query, key and value are copies: they are normalised, or made contiguous.
+        """
+        tokens, item = sum(problem.lengths), _ITEM_BYTES[problem.dtype]
+        values = tokens * problem.value_heads
+        return {
+            "query, key": 2 * tokens * problem.key_heads * (problem.key_dim * item + _FLOAT32),
+            "value": values * problem.value_dim * item,
+            "decay, beta": values * (_FLOAT32 + item),
+            "A": values * _CHUNK * item,
+        }
+
+    def workspace(self, problem: LinearAttentionProblem) -> Workspace:
+        """What the functions there and in fla.ops.common have at once: nothing of theirs goes before they end."""
+        tokens, item = sum(problem.lengths), _ITEM_BYTES[problem.dtype]
+        wide = tokens * problem.value_heads * problem.key_dim * item
+        values = tokens * problem.value_heads * problem.value_dim * item
+        chunks = sum(-(-length // _CHUNK) for length in problem.lengths)
+        states = chunks * problem.value_heads * problem.key_dim * problem.value_dim * item
+        narrow = tokens * problem.key_heads * problem.key_dim * item
+        # w, u, the states and the new values; the copies of query and key that are normalised.
+        forward = wide + 2 * values + states + 2 * narrow
+        # The output's gradient laid out, w, u, new values and their gradients; the gradient of key in two parts,
+        # and those of query and key for every value head.
+        is_grouped = problem.key_heads != problem.value_heads
+        of_decay = 2 * tokens * problem.value_heads * _FLOAT32
+        backward = (3 + 2 * is_grouped) * wide + 4 * values + 2 * states + of_decay
+        return Workspace(forward, backward)
 
     def short_conv(
         self,

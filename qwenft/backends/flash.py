@@ -8,7 +8,7 @@ import attrs
 from packaging.version import Version
 
 from qwenft.backends.requirements import Support, installed, unsupported_gpu, unsupported_problem
-from qwenft.capabilities import AttentionBackend, Availability
+from qwenft.capabilities import AttentionBackend, Availability, Workspace
 from qwenft.errors import BackendUnavailable, SpecError
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from qwenft.capabilities import AttentionProblem
     from qwenft.kernels.layout import SequenceLayout
     from qwenft.machine import Machine
+
+
+_FLOAT32 = 4
 
 
 @attrs.frozen
@@ -141,6 +144,22 @@ class FlashAttention(AttentionBackend):
     def refuses(self, problem: AttentionProblem) -> str | None:
         """Other devices than a GPU, and head dims that have no kernel on the GPU."""
         return unsupported_problem(problem, RELEASES[self.version].gpus)
+
+    def saved_tensors(self, problem: AttentionProblem) -> dict[str, int]:
+        """The log of the softmax's sum of each head and token, in float32."""
+        return {"log of the sum": _FLOAT32 * problem.query_heads * sum(problem.lengths)}
+
+    def workspace(self, problem: AttentionProblem) -> Workspace:
+        """Of backward: the query's gradient in float32, and those of key and value for every query head.
+
+        csrc/flash_attn/flash_api.cpp, mha_varlen_bwd, of version 2, whose buffers round each document up to 128
+        tokens. 3 and 4 add up the gradients of key and value in float32 by their own heads, which is less.
+        """
+        rounded = sum(problem.lengths) + 128 * len(problem.lengths)
+        of_query = problem.query_heads * rounded * (problem.head_dim + 1) * _FLOAT32
+        is_grouped = problem.query_heads != problem.key_value_heads
+        expanded = 2 * sum(problem.lengths) * problem.query_heads * problem.head_dim * 2 * is_grouped
+        return Workspace(backward=of_query + expanded)
 
     def attend(
         self,

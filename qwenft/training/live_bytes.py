@@ -57,12 +57,13 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         segments: of the step so far.
+        sizes: bytes of every storage, by its number.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.segments = [Segment(FORWARD, "before the first layer")]
-        self._bytes: list[int] = []
+        self.sizes: list[int] = []
         self._born: list[Segment] = []
         self._gone: dict[int, Segment] = {}
         self._numbers: dict[int, int] = {}  # of storages that are there, by their address
@@ -101,8 +102,8 @@ class LiveBytes(TorchDispatchMode):
         key = storage._cdata  # noqa: SLF001
         if key in self._numbers or key in self._known:
             return
-        number = self._numbers[key] = len(self._bytes)
-        self._bytes.append(storage.nbytes())
+        number = self._numbers[key] = len(self.sizes)
+        self.sizes.append(storage.nbytes())
         self._born.append(self.segments[-1])
         self.segments[-1].events.append(number)
         weakref.finalize(storage, self._go, key, number)
@@ -129,15 +130,15 @@ class LiveBytes(TorchDispatchMode):
             start: bytes of each component before the step.
             repeats: how often the segments of each group occur.
         """
-        components = [self._component(number) for number in range(len(self._bytes))]
+        components = [self._component(number) for number in range(len(self.sizes))]
         live = Counter(start)
         total = largest = sum(start.values())
         found = Peak(dict(live), self.segments[0])
         for segment in self._unrolled(repeats):
             for event in segment.events:
                 number, sign = (event, 1) if event >= 0 else (~event, -1)
-                live[components[number]] += sign * self._bytes[number]
-                total += sign * self._bytes[number]
+                live[components[number]] += sign * self.sizes[number]
+                total += sign * self.sizes[number]
                 if total > largest:
                     largest = total
                     found = Peak(dict(live), segment)
@@ -145,7 +146,7 @@ class LiveBytes(TorchDispatchMode):
 
     def kept(self, segment: Segment) -> int:
         """The bytes that are there behind a part of the step and were not before."""
-        return sum(self._bytes[event] if event >= 0 else -self._bytes[~event] for event in segment.events)
+        return sum(self.sizes[event] if event >= 0 else -self.sizes[~event] for event in segment.events)
 
     def _unrolled(self, repeats: Mapping[str, int]) -> Iterator[Segment]:
         for group, segments in itertools.groupby(self.segments, key=lambda segment: segment.group):

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 
+from qwenft.capabilities import AttentionBackend, LinearAttentionBackend, Workspace
 from qwenft.data.stream import Batch, VisionInputs
 from qwenft.family.inventory import inventory, role_of
 from qwenft.kernels.device import planned_on
@@ -42,11 +43,11 @@ from qwenft.training.live_bytes import BACKWARD, FORWARD, LOSS, UPDATE, LiveByte
 from qwenft.training.prepare import adapted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Callable, Hashable, Mapping, Sequence
 
     from qwenft.data.stream import Stream
     from qwenft.family.architectures import Architecture
-    from qwenft.plan.draft import Draft
+    from qwenft.plan.draft import Draft, Slot
 
 T = TypeVar("T")
 #: What a step raises that asks a tensor for a value, or calls what torch knows no shapes of.
@@ -114,7 +115,7 @@ def simulate(draft: Draft, row: Row) -> MemoryReport:
             adapter=draft.adapter,
             trained=trained_weights(shallow, draft.adapter),
             training=draft.training,
-            backends=draft.backends,
+            backends={slot.name: _followed(slot, row) for slot in draft.slots},
             compute_dtype=draft.compute_dtype,
             source=draft.model.source,
             on_meta=True,
@@ -312,6 +313,78 @@ def _mark(layers: Any, behind: Any, kind: str, live: LiveBytes, *, is_whole: boo
 
     for number, module in enumerate((*layers, behind)):
         module.register_forward_pre_hook(partial(enter, number))
+
+
+def _followed(slot: Slot, row: Row) -> Any:
+    """The backend of a slot, or what stands for it where its kernels cannot be followed."""
+    if slot.backend.traceable:
+        return slot.backend
+    lengths = row.lengths
+    if slot.name == "vision":
+        lengths = tuple(rows * columns for frames, rows, columns in row.grids for _ in range(frames))
+    problem = attrs.evolve(slot.problem, lengths=lengths)
+    stand_in = _LinearStandIn if slot.name == "linear" else _AttentionStandIn
+    return stand_in(slot.backend.saved_tensors(problem), slot.backend.workspace(problem))
+
+
+class _AttentionStandIn(AttentionBackend):
+    """Holds what a backend declares."""
+
+    name, supports_packing, uses_flash_lib = "declared", True, False
+
+    def __init__(self, saved: Mapping[str, int], workspace: Workspace) -> None:
+        self.saved, self.space = saved, workspace
+
+    def attend(self, query: Any, key: Any, value: Any, **_: Any) -> Any:
+        return _Declared.apply(self.saved, self.space, True, torch.empty_like(query), query, key, value)
+
+
+class _LinearStandIn(LinearAttentionBackend):
+    """Likewise; its convolution keeps its input."""
+
+    name, supports_packing, uses_flash_lib = "declared", True, False
+
+    def __init__(self, saved: Mapping[str, int], workspace: Workspace) -> None:
+        self.saved, self.space = saved, workspace
+
+    def short_conv(self, x: Any, weight: Any, bias: Any, **_: Any) -> Any:
+        given = [tensor for tensor in (x, weight, bias) if tensor is not None]
+        return _Declared.apply({}, Workspace(), True, torch.empty_like(x), *given)
+
+    def delta_rule(self, query: Any, key: Any, value: Any, log_decay: Any, beta: Any, **_: Any) -> Any:
+        output = torch.empty_like(value, memory_format=torch.contiguous_format)
+        return _Declared.apply(self.saved, self.space, False, output, query, key, value, log_decay, beta)
+
+
+class _Declared(torch.autograd.Function):
+    """Holds as many bytes as a computation is said to."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        saved: Mapping[str, int],
+        space: Workspace,
+        keeps_inputs: bool,
+        output: torch.Tensor,
+        *inputs: torch.Tensor,
+    ) -> torch.Tensor:
+        kept = [torch.empty(count, dtype=torch.uint8) for count in saved.values()]
+        torch.empty(space.forward, dtype=torch.uint8)
+        ctx.save_for_backward(*(inputs if keeps_inputs else ()), *kept)
+        ctx.space, ctx.like = space, [(tensor.shape, tensor.dtype) for tensor in inputs]
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        kept = ctx.saved_tensors
+        workspace = torch.empty(ctx.space.backward, dtype=torch.uint8)
+        asked = ctx.needs_input_grad[4:]
+        grads = [
+            torch.empty(shape, dtype=dtype) if wanted else None
+            for (shape, dtype), wanted in zip(ctx.like, asked, strict=True)
+        ]
+        del kept, workspace
+        return None, None, None, None, *grads
 
 
 class _Mark(torch.autograd.Function):

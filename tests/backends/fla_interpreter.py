@@ -18,9 +18,11 @@ from triton.runtime.autotuner import Autotuner
 
 from qwenft.backends.fla import FlaDeltaRule
 from qwenft.backends.reference import ReferenceDeltaRule
+from qwenft.capabilities import LinearAttentionProblem
 from qwenft.comparison import Probe, Suite
 from qwenft.kernels.layout import SequenceLayout
 from qwenft.testing import conformance
+from qwenft.training.live_bytes import BACKWARD, LiveBytes
 
 
 def prepare():
@@ -132,6 +134,35 @@ def check(case):
     return suite.report().rows
 
 
+def most_held(case):
+    """The most bytes that a scan and its backward pass hold, arguments apart, and what the backend declares."""
+    (K, V), (D, E), tokens = case["heads"], case["dims"], sum(case["lengths"])
+    # As the layer hands them on: parts of one tensor.
+    query, key, value = torch.randn(tokens, 2 * K * D + V * E).split([K * D, K * D, V * E], dim=-1)
+    inputs = [query.view(tokens, K, D), key.view(tokens, K, D), value.view(tokens, V, E)]
+    inputs += [-torch.rand(tokens, V), torch.rand(tokens, V)]
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    grad, backend, live = torch.randn(tokens, V, E), FlaDeltaRule(), LiveBytes()
+    live.ignore([*inputs, grad])
+    with live:
+        output = backend.delta_rule(*inputs, layout=SequenceLayout(case["lengths"]))
+        live.begin(BACKWARD, "backward")
+        output.backward(grad)
+    now, found = 0, []
+    for segment in live.segments:
+        found.append(0)
+        for event in segment.events:
+            now += live.sizes[event] if event >= 0 else -live.sizes[~event]
+            found[-1] = max(found[-1], now)
+    problem = LinearAttentionProblem(
+        "cuda", "float32", K, V, D, E, max(case["lengths"]), lengths=tuple(case["lengths"])
+    )
+    # Beta is kept as it is given.
+    kept = sum(backend.saved_tensors(problem).values()) - inputs[4].nbytes + output.nbytes
+    space, gradients = backend.workspace(problem), sum(tensor.nbytes for tensor in inputs)
+    return [*found, kept + space.forward, kept + space.backward + gradients]
+
+
 def contract():
     """The suite that all backends pass, on fewer layouts: a chunk of a head takes a third of a second here."""
     conformance.PACKED = {"awkward lengths": (65, 3, 1, 64, 63), "tiny documents": (2, 1, 3)}
@@ -142,5 +173,8 @@ def contract():
 if __name__ == "__main__":
     prepare()
     cases = json.load(sys.stdin)
+    if cases and cases[0]["half"] == "memory":
+        json.dump([most_held(case) for case in cases], sys.stdout)
+        sys.exit()
     rows = [row for case in cases for row in check(case)] if cases else contract()
     json.dump([[row.case, row.half, row.check, row.error] for row in rows], sys.stdout)

@@ -142,6 +142,19 @@ def assert_complete(found, cases, inputs):
 
 
 @needs_fla
+def test_the_scan_holds_what_is_declared():
+    """What its functions allocate, forward and backward, is what a simulation takes them to hold: within 1 %."""
+    cases = [
+        {"half": "memory", "lengths": [70, 10], "heads": [1, 2], "dims": [32, 32]},
+        {"half": "memory", "lengths": [130], "heads": [2, 2], "dims": [16, 32]},
+    ]
+    for found in run_helper("fla_interpreter.py", stdin=json.dumps(cases), TRITON_INTERPRET="1"):
+        forward, backward, declared_forward, declared_backward = found
+        assert forward == pytest.approx(declared_forward, rel=0.01)
+        assert backward == pytest.approx(declared_backward, rel=0.01)
+
+
+@needs_fla
 def test_the_scan_equals_the_reference_and_keeps_documents_apart():
     """Interpreted, it has the reference's output, states and gradients, and no document changes another one's."""
     assert_complete(interpret(SCAN, SCANS), SCANS, SCAN_INPUTS)

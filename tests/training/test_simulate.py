@@ -139,9 +139,9 @@ def test_what_is_not_simulated_is_refused(dense_checkpoint):
     plan = recipe(dense_checkpoint).compile()
     with pytest.raises(qf.PlanError, match=r"depends on its tokens[\s\S]*plan\.memory_of\(\[2048\]\)"):
         qf.Recipe(plan.recipe.model).compile(strict=False).memory  # noqa: B018
-    elsewhere = plan.recipe.with_attention(linear="fla").compile(machine=qf.Machine.named("L4"), strict=False)
-    with pytest.raises(qf.PlanError, match="the kernels of fla hold cannot be counted"):
-        elsewhere.memory_of([64])
+    flex = plan.recipe.with_attention(full="flex_attention").compile(strict=False)
+    with pytest.raises(qf.PlanError, match="the kernels of flex_attention hold cannot be counted"):
+        flex.memory_of([64])
 
 
 class AsksTensors(qf.AttentionBackend):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qwenft.capabilities import Backend
 from qwenft.plan.findings import blocked, error, note
 from qwenft.plan.records import accumulates
 
@@ -68,6 +69,12 @@ def embeddings_on_host(draft: Draft) -> Iterator[Finding]:
         yield error(place, "the embeddings are trained, on the device", '.freeze("embeddings")')
 
 
+def _declares(backend: Backend) -> bool:
+    """Whether a backend says what its kernels hold."""
+    kind = type(backend)
+    return kind.saved_tensors is not Backend.saved_tensors and kind.workspace is not Backend.workspace
+
+
 def not_simulated(draft: Draft) -> Iterator[Finding]:
     """What a simulation of a step would leave out, so that its figure would be wrong."""
     if draft.ranks > 1:
@@ -75,7 +82,7 @@ def not_simulated(draft: Draft) -> Iterator[Finding]:
     if draft.training.activation_offloading:
         yield blocked("training.activation_offloading", "it is not simulated", "activation_offloading=False")
     for slot in draft.slots:
-        if not slot.backend.traceable:
+        if not slot.backend.traceable and not _declares(slot.backend):
             fix = f'{slot.name}="{"torch" if slot.name == "linear" else "sdpa"}"'
-            problem = f"what the kernels of {slot.backend.name} hold cannot be counted (traceable = False)"
+            problem = f"what the kernels of {slot.backend.name} hold cannot be counted, and it does not declare it"
             yield blocked(f"attention.{slot.name}", problem, fix)
