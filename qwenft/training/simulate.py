@@ -41,6 +41,7 @@ from qwenft.training.in_backward import step_in_backward
 from qwenft.training.learner import Learner
 from qwenft.training.live_bytes import BACKWARD, FORWARD, LOSS, UPDATE, LiveBytes
 from qwenft.training.prepare import adapted
+from qwenft.training.rounding import StochasticRounding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -126,13 +127,14 @@ def simulate(draft: Draft, row: Row) -> MemoryReport:
             _give_memory(model)
             live.ignore(_give_scales(model, shallow, storage))
             live.ignore(_inputs(batch := _faked(batch, fakes)))
-            learner = Learner(
-                model,
-                draft.training,
-                device="cpu",
-                role_of=lambda name: role_of(shallow, base_name(name)),
-                mtp_weight=draft.adapter.mtp_weight,
-            )
+        learner = Learner(
+            model,
+            draft.training,
+            device="cpu",
+            role_of=lambda name: role_of(shallow, base_name(name)),
+            mtp_weight=draft.adapter.mtp_weight,
+        )
+        with fakes:
             _step(learner, live, batch, following, draft)
     state = state_bytes(draft.architecture, draft.trained, draft.training, draft.storage)
     start = {"weights": state.weights, "trained": state.trained, "optimizer": state.optimizer}
@@ -233,7 +235,8 @@ def _give_memory(model: Any) -> None:
             if parameter not in replaced:
                 empty = torch.empty(parameter.shape, dtype=parameter.dtype)
                 fake = replaced[parameter] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                fake.grad_dtype = parameter.grad_dtype
+                if parameter.grad_dtype != parameter.dtype:
+                    fake.grad_dtype = parameter.grad_dtype
             setattr(module, name, replaced[parameter])
 
 
@@ -271,6 +274,12 @@ def _step(learner: Learner, live: LiveBytes, batch: Batch, following: Batch | No
         part.register_post_accumulate_grad_hook(lambda part: live.label(part.grad, "gradients"))
         if accumulates(training):
             part.grad = torch.empty_like(part, dtype=learner.shares.parameters[name].grad_dtype)
+    optimizer = learner.optimizer
+    idle = _Idle(optimizer.param_groups, {})
+    if isinstance(optimizer, StochasticRounding):
+        optimizer.optimizer = idle
+    else:
+        learner.optimizer = idle
     with ExitStack() as stack:
         if training.optimizer_in_backward:
             stack.enter_context(step_in_backward(learner.optimizer, learner.shares))
@@ -282,6 +291,14 @@ def _step(learner: Learner, live: LiveBytes, batch: Batch, following: Batch | No
         live.begin(UPDATE, "update")
         if not training.optimizer_in_backward:
             learner.clip_gradients()
+            learner.optimizer.step()
+
+
+class _Idle(torch.optim.Optimizer):
+    """Updates nothing: optimizers do it in place, and what they keep is counted apart."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is None
 
 
 def _mark(layers: Any, behind: Any, kind: str, live: LiveBytes, *, is_whole: bool) -> None:

@@ -40,6 +40,8 @@ LONG = {
     "dense full kept": ("dense", qf.AdapterSpec.full(), {"activation_checkpointing": False}),
     "dense nf4": ("dense", LORA, {}),
     "dense int8 kept": ("dense", LORA, {"activation_checkpointing": False}),
+    "dense bfloat16": ("dense", qf.AdapterSpec.full(), {}),
+    "dense 8bit": ("dense", qf.AdapterSpec.full(), {"optimizer": "adamw_8bit"}),
     "dense sgd": ("dense", qf.AdapterSpec.full(), {"optimizer": "sgd"}),
     "dense accumulates": ("dense", qf.AdapterSpec.full(), {"tokens_per_step": 512}),
     "dense in backward": (
@@ -57,7 +59,8 @@ LONG = {
 def test_a_step_holds_what_was_simulated(deep, name):
     """The peak is within 4 % of what torch's profiler counts in a real step, on top of what is held before it."""
     kind, adapter, training = {**QUICK, **LONG}[name]
-    asked = recipe(deep[kind], adapter=adapter, **training)
+    dtype = "bfloat16" if "bfloat16" in name else "float32"
+    asked = recipe(deep[kind], adapter=adapter, dtype=dtype, **training)
     for quantized in ("nf4", "int8"):
         asked = asked.with_model(asked.model.quantize(quantized)) if quantized in name else asked
     plan = asked.compile()
