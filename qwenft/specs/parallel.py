@@ -28,8 +28,8 @@ class ParallelSpec:
         hybrid: the model is shared out within each node, and repeated on every node.
 
     Examples:
-        >>> ParallelSpec.fsdp2(offload="cpu")
-        ParallelSpec(kind='fsdp2', offload='cpu')
+        >>> ParallelSpec.fsdp2(offload="cpu").offload
+        'cpu'
     """
 
     NOT_OFFERED: ClassVar[dict[str, str]] = {

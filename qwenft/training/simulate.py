@@ -135,12 +135,16 @@ def simulate(draft: Draft, row: Row) -> MemoryReport:
             mtp_weight=draft.adapter.mtp_weight,
         )
         with fakes:
-            _step(learner, live, batch, following, draft)
+            _step(learner, live, batch, following, draft, accumulates=row.accumulates)
+            update = _updated(draft)
     state = state_bytes(draft.architecture, draft.trained, draft.training, draft.storage)
     start = {"weights": state.weights, "trained": state.trained, "optimizer": state.optimizer}
-    start["gradients"] = state.gradients if row.accumulates else 0
     start["inputs"] = sum(tensor.nbytes for tensor in _inputs(batch))
-    peak = live.peak(start, repeats)
+    if row.accumulates:  # those of the shallow model are in the record
+        own = state_bytes(shallow, trained_weights(shallow, draft.adapter), draft.training, storage)
+        start["gradients"] = state.gradients - own.gradients
+    peaks = [live.peak(start, repeats), update.peak({**start, "gradients": 0}, {})]
+    peak = max(peaks, key=lambda peak: sum(peak.by_component.values()))
     return MemoryReport(
         by_component=peak.by_component,
         moment=peak.segment.name,
@@ -259,8 +263,40 @@ def _tensors_of(held: Any) -> list[torch.Tensor]:
     return [held.absmax, held.code, *nested]
 
 
-def _step(learner: Learner, live: LiveBytes, batch: Batch, following: Batch | None, draft: Draft) -> None:
-    """One step on a micro-batch, recorded."""
+def _updated(draft: Draft) -> LiveBytes:
+    """The update of bfloat16 weights, recorded: as many at a time as are rounded together, of whatever layers."""
+    live = LiveBytes()
+    live.begin(UPDATE, "update")
+    training, dtype = draft.training, getattr(torch, draft.storage.dtype)
+    at_once = draft.adapter.kind == "full" and not training.optimizer_in_backward
+    if not at_once or training.master_weights or dtype == torch.float32:
+        return live
+    weights = [entry.weight for entry in draft.trained for _ in range(entry.weight.instances)]
+    parameters = [
+        torch.nn.Parameter(torch.empty(weight.shape, dtype=torch.float32 if weight.is_float32 else dtype))
+        for weight in weights
+    ]
+    live.ignore(parameters)
+    with live:
+        for parameter in parameters:
+            if accumulates(training):
+                parameter.grad_dtype = torch.float32
+            parameter.grad = torch.empty_like(parameter, dtype=parameter.grad_dtype)
+            live.label(parameter.grad, "gradients")
+        StochasticRounding(_Idle(parameters, {})).step()
+    return live
+
+
+def _step(
+    learner: Learner,
+    live: LiveBytes,
+    batch: Batch,
+    following: Batch | None,
+    draft: Draft,
+    *,
+    accumulates: bool,
+) -> None:
+    """One step on a micro-batch, recorded; where it ``accumulates`` gradients are there before."""
     model, training = learner.model, draft.training
     decoder, tower = decoder_of(model), getattr(causal_of(model).model, "visual", None)
     _mark(decoder.layers, decoder.norm, "layer", live, is_whole=len(decoder.layers) == draft.architecture.layers)
@@ -270,16 +306,15 @@ def _step(learner: Learner, live: LiveBytes, batch: Batch, following: Batch | No
     _know_values(model)
     live.ignore(model.parameters())
     live.ignore(model.buffers())
-    for name, part in learner.trained.items():
+    for part in learner.trained.values():
         part.register_post_accumulate_grad_hook(lambda part: live.label(part.grad, "gradients"))
-        if accumulates(training):
-            part.grad = torch.empty_like(part, dtype=learner.shares.parameters[name].grad_dtype)
+        if accumulates:
+            with live:
+                part.grad = torch.empty_like(part, dtype=part.grad_dtype)
+            live.label(part.grad, "gradients")
     optimizer = learner.optimizer
     idle = _Idle(optimizer.param_groups, {})
-    if isinstance(optimizer, StochasticRounding):
-        optimizer.optimizer = idle
-    else:
-        learner.optimizer = idle
+    learner.optimizer = StochasticRounding(idle) if isinstance(optimizer, StochasticRounding) else idle
     with ExitStack() as stack:
         if training.optimizer_in_backward:
             stack.enter_context(step_in_backward(learner.optimizer, learner.shares))
@@ -291,7 +326,6 @@ def _step(learner: Learner, live: LiveBytes, batch: Batch, following: Batch | No
         live.begin(UPDATE, "update")
         if not training.optimizer_in_backward:
             learner.clip_gradients()
-            learner.optimizer.step()
 
 
 class _Idle(torch.optim.Optimizer):

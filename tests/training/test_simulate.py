@@ -181,5 +181,6 @@ assert memory.by_component["weights"] > 180 * 2**30, memory
 """
     process = subprocess.Popen([sys.executable, "-c", script])
     _, status, usage = os.wait4(process.pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
     assert usage.ru_maxrss * 1024 < 3e9
