@@ -40,9 +40,6 @@ class MemoryReport:
         layers: what each kind of layer keeps.
         tokens: of the micro-batch: the one of the data that takes most, or a full row where there are none.
         supervised: of these tokens.
-        assumed: bytes that are not counted and assumed besides, by what they are: the context of CUDA, what its
-            allocator loses.
-        missing: parts that could not be counted, in words; the peak is at least what is said then.
     """
 
     by_component: Mapping[str, int]
@@ -50,15 +47,8 @@ class MemoryReport:
     layers: tuple[LayerBytes, ...]
     tokens: int
     supervised: int
-    assumed: Mapping[str, int] = attrs.field(factory=dict)
-    missing: tuple[str, ...] = ()
 
     @property
     def peak_bytes(self) -> int:
-        """Live tensors at the peak."""
+        """Live tensors at the peak; what CUDA's context and its allocator take is not among them."""
         return sum(self.by_component.values())
-
-    @property
-    def needed_bytes(self) -> int:
-        """With what is assumed besides."""
-        return self.peak_bytes + sum(self.assumed.values())

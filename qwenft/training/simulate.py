@@ -33,10 +33,8 @@ from qwenft.models.lora import base_name, unwrapped
 from qwenft.models.mtp import one_token_on
 from qwenft.models.precision import RoutedExperts
 from qwenft.models.quantize import empty_scales
-from qwenft.plan.coverage import trained_weights
 from qwenft.plan.memory import LayerBytes, MemoryReport
 from qwenft.plan.records import accumulates, state_bytes
-from qwenft.plan.storage import Storage
 from qwenft.training.in_backward import step_in_backward
 from qwenft.training.learner import Learner
 from qwenft.training.live_bytes import BACKWARD, FORWARD, LOSS, UPDATE, LiveBytes
@@ -48,7 +46,10 @@ if TYPE_CHECKING:
 
     from qwenft.data.stream import Stream
     from qwenft.family.architectures import Architecture
+    from qwenft.family.inventory import Weight
+    from qwenft.plan.coverage import TrainedWeight
     from qwenft.plan.draft import Draft, Slot
+    from qwenft.plan.storage import Storage
 
 T = TypeVar("T")
 #: What a step raises that asks a tensor for a value, or calls what torch knows no shapes of.
@@ -107,14 +108,14 @@ def simulate(draft: Draft, row: Row) -> MemoryReport:
         row: the micro-batch that takes most.
     """
     shallow, repeats = _shallow(draft)
-    storage = Storage.of(draft.model, shallow)
+    trained = _trained_in(shallow, draft)
     live = LiveBytes()
     with torch.random.fork_rng(), planned_on(draft.machine.device):
         model = adapted(
-            model_on_meta(shallow, storage),
+            model_on_meta(shallow, draft.storage),
             shallow,
             adapter=draft.adapter,
-            trained=trained_weights(shallow, draft.adapter),
+            trained=trained,
             training=draft.training,
             backends={slot.name: _followed(slot, row) for slot in draft.slots},
             compute_dtype=draft.compute_dtype,
@@ -125,7 +126,7 @@ def simulate(draft: Draft, row: Row) -> MemoryReport:
         following = one_token_on(batch).located() if draft.adapter.mtp_weight else None
         with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
             _give_memory(model)
-            live.ignore(_give_scales(model, shallow, storage))
+            live.ignore(_give_scales(model, shallow, draft.storage))
             live.ignore(_inputs(batch := _faked(batch, fakes)))
         learner = Learner(
             model,
@@ -135,13 +136,13 @@ def simulate(draft: Draft, row: Row) -> MemoryReport:
             mtp_weight=draft.adapter.mtp_weight,
         )
         with fakes:
-            _step(learner, live, batch, following, draft, accumulates=row.accumulates)
+            _step(learner, live, batch, following, draft, accumulating=row.accumulates)
             update = _updated(draft)
     state = state_bytes(draft.architecture, draft.trained, draft.training, draft.storage)
     start = {"weights": state.weights, "trained": state.trained, "optimizer": state.optimizer}
     start["inputs"] = sum(tensor.nbytes for tensor in _inputs(batch))
     if row.accumulates:  # those of the shallow model are in the record
-        own = state_bytes(shallow, trained_weights(shallow, draft.adapter), draft.training, storage)
+        own = state_bytes(shallow, trained, draft.training, draft.storage)
         start["gradients"] = state.gradients - own.gradients
     peaks = [live.peak(start, repeats), update.peak({**start, "gradients": 0}, {})]
     peak = max(peaks, key=lambda peak: sum(peak.by_component.values()))
@@ -176,6 +177,17 @@ def _shallow(draft: Draft) -> tuple[Architecture, dict[str, int]]:
         shallow = attrs.evolve(shallow, vision=attrs.evolve(tower, depth=3 * every))
         repeats |= dict.fromkeys(_AGAIN["block"], tower.depth // every - 2)
     return shallow, repeats
+
+
+def _trained_in(shallow: Architecture, draft: Draft) -> tuple[TrainedWeight, ...]:
+    """What is trained of a model of fewer layers."""
+    depths = {"text": shallow.layers, "vision": 0 if shallow.vision is None else shallow.vision.depth}
+
+    def part(weight: Weight) -> Weight:
+        layers = tuple(layer for layer in weight.layers if layer < depths[weight.half])
+        return attrs.evolve(weight, layers=layers)
+
+    return tuple(attrs.evolve(entry, weight=part(entry.weight)) for entry in draft.trained)
 
 
 def _period(kinds: Sequence[str]) -> int:
@@ -294,9 +306,9 @@ def _step(
     following: Batch | None,
     draft: Draft,
     *,
-    accumulates: bool,
+    accumulating: bool,
 ) -> None:
-    """One step on a micro-batch, recorded; where it ``accumulates`` gradients are there before."""
+    """One step on a micro-batch, recorded; ``accumulating``, others were before it, whose gradients are there."""
     model, training = learner.model, draft.training
     decoder, tower = decoder_of(model), getattr(causal_of(model).model, "visual", None)
     _mark(decoder.layers, decoder.norm, "layer", live, is_whole=len(decoder.layers) == draft.architecture.layers)
@@ -308,7 +320,7 @@ def _step(
     live.ignore(model.buffers())
     for part in learner.trained.values():
         part.register_post_accumulate_grad_hook(lambda part: live.label(part.grad, "gradients"))
-        if accumulates:
+        if accumulating:
             with live:
                 part.grad = torch.empty_like(part, dtype=part.grad_dtype)
             live.label(part.grad, "gradients")

@@ -147,6 +147,15 @@ def test_what_is_not_simulated_is_refused(dense_checkpoint):
         flex.memory_of([64])
 
 
+@pytest.mark.long
+def test_a_checkpoint_that_is_quantized_takes_as_much(deep, tmp_path):
+    """What its files say is quantized is held so in the simulation too."""
+    asked = recipe(deep["dense"], adapter=LORA)
+    plan = asked.with_model(asked.model.quantize("nf4")).compile()
+    stored = asked.with_model(plan.save_quantized(tmp_path / "stored")).compile()
+    assert stored.memory_of([40]) == plan.memory_of([40])
+
+
 class AsksTensors(qf.AttentionBackend):
     """A backend that branches on values."""
 
