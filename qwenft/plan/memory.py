@@ -9,9 +9,6 @@ import attrs
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-#: In the order in which reports name them.
-COMPONENTS = ("weights", "trained", "optimizer", "gradients", "activations", "loss", "working", "inputs")
-
 
 @attrs.frozen
 class LayerBytes:
@@ -33,9 +30,9 @@ class MemoryReport:
     """The most that a process holds at once in a step, where the model computes: counted, live tensors alone.
 
     Args:
-        by_component: bytes at that moment, of each of :data:`COMPONENTS`; they add up to the peak. "trained" are
-            parameters that are trained, beside the frozen "weights"; "activations" what forward keeps for
-            backward; "working" what a layer needs while it computes.
+        by_component: bytes at that moment, which add up to the peak: of frozen "weights", "trained" parameters,
+            "optimizer", "gradients", "activations" that forward keeps for backward, "loss", "inputs", and
+            "working", what a layer needs while it computes.
         moment: where in the step that is, in words.
         layers: what each kind of layer keeps.
         tokens: of the micro-batch: the one of the data that takes most, or a full row where there are none.

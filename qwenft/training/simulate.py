@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -18,20 +18,15 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
     UnsupportedOperatorException,
-    unset_fake_temporarily,
 )
 
-from qwenft.capabilities import AttentionBackend, LinearAttentionBackend, Workspace
 from qwenft.data.stream import Batch, VisionInputs
 from qwenft.family.inventory import inventory, role_of
 from qwenft.kernels.device import planned_on
-from qwenft.kernels.experts import together_on
-from qwenft.kernels.layout import SequenceLayout
 from qwenft.models.bind import causal_of, decoder_of
 from qwenft.models.load import model_on_meta, named_weights
 from qwenft.models.lora import base_name, unwrapped
 from qwenft.models.mtp import one_token_on
-from qwenft.models.precision import RoutedExperts
 from qwenft.models.quantize import empty_scales
 from qwenft.plan.memory import LayerBytes, MemoryReport
 from qwenft.plan.records import accumulates, state_bytes
@@ -40,9 +35,10 @@ from qwenft.training.learner import Learner
 from qwenft.training.live_bytes import BACKWARD, FORWARD, LOSS, UPDATE, LiveBytes
 from qwenft.training.prepare import adapted
 from qwenft.training.rounding import StochasticRounding
+from qwenft.training.stand_ins import AttentionStandIn, HostLayout, LinearStandIn, know_values
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from qwenft.data.stream import Stream
     from qwenft.family.architectures import Architecture
@@ -51,7 +47,6 @@ if TYPE_CHECKING:
     from qwenft.plan.draft import Draft, Slot
     from qwenft.plan.storage import Storage
 
-T = TypeVar("T")
 #: What a step raises that asks a tensor for a value, or calls what torch knows no shapes of.
 NOT_FOLLOWED = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
 #: The groups of segments that are repeated, forward and backward: of the decoder's layers and the tower's blocks.
@@ -202,19 +197,11 @@ def _is_uniform(draft: Draft) -> bool:
     return all(layers[w.half, w.module, w.parameter] == w.layers for w in trained)
 
 
-class _HostLayout(SequenceLayout):
-    """A layout of which everything that is derived has values: what is branched on is known."""
-
-    def derived(self, key: Hashable, make: Callable[[], T]) -> T:
-        with unset_fake_temporarily():
-            return super().derived(key, make)
-
-
 def _batch(row: Row, architecture: Architecture) -> Batch:
     tokens = sum(row.lengths)
     ids = torch.zeros(tokens, dtype=torch.int64)
     positions = torch.arange(tokens - row.supervised, tokens)
-    layout = _HostLayout.from_lengths(row.lengths)
+    layout = HostLayout.from_lengths(row.lengths)
     vision, tower = None, architecture.vision
     if row.grids and tower is not None:
         values = tower.in_channels * tower.temporal * tower.patch**2
@@ -315,7 +302,7 @@ def _step(
     if tower is not None and draft.architecture.vision is not None:
         depth = draft.architecture.vision.depth
         _mark(tower.blocks, tower.merger, "block", live, is_whole=len(tower.blocks) == depth)
-    _know_values(model)
+    know_values(model)
     live.ignore(model.parameters())
     live.ignore(model.buffers())
     for part in learner.trained.values():
@@ -386,68 +373,8 @@ def _followed(slot: Slot, row: Row) -> Any:
     if slot.name == "vision":
         lengths = tuple(rows * columns for frames, rows, columns in row.grids for _ in range(frames))
     problem = attrs.evolve(slot.problem, lengths=lengths)
-    stand_in = _LinearStandIn if slot.name == "linear" else _AttentionStandIn
+    stand_in = LinearStandIn if slot.name == "linear" else AttentionStandIn
     return stand_in(slot.backend.saved_tensors(problem), slot.backend.workspace(problem))
-
-
-class _AttentionStandIn(AttentionBackend):
-    """Holds what a backend declares."""
-
-    name, supports_packing, uses_flash_lib = "declared", True, False
-
-    def __init__(self, saved: Mapping[str, int], workspace: Workspace) -> None:
-        self.saved, self.space = saved, workspace
-
-    def attend(self, query: Any, key: Any, value: Any, **_: Any) -> Any:
-        return _Declared.apply(self.saved, self.space, True, torch.empty_like(query), query, key, value)
-
-
-class _LinearStandIn(LinearAttentionBackend):
-    """Likewise; its convolution keeps its input."""
-
-    name, supports_packing, uses_flash_lib = "declared", True, False
-
-    def __init__(self, saved: Mapping[str, int], workspace: Workspace) -> None:
-        self.saved, self.space = saved, workspace
-
-    def short_conv(self, x: Any, weight: Any, bias: Any, **_: Any) -> Any:
-        given = [tensor for tensor in (x, weight, bias) if tensor is not None]
-        return _Declared.apply({}, Workspace(), True, torch.empty_like(x), *given)
-
-    def delta_rule(self, query: Any, key: Any, value: Any, log_decay: Any, beta: Any, **_: Any) -> Any:
-        output = torch.empty_like(value, memory_format=torch.contiguous_format)
-        return _Declared.apply(self.saved, self.space, False, output, query, key, value, log_decay, beta)
-
-
-class _Declared(torch.autograd.Function):
-    """Holds as many bytes as a computation is said to."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        saved: Mapping[str, int],
-        space: Workspace,
-        keeps_inputs: bool,
-        output: torch.Tensor,
-        *inputs: torch.Tensor,
-    ) -> torch.Tensor:
-        kept = [torch.empty(count, dtype=torch.uint8) for count in saved.values()]
-        torch.empty(space.forward, dtype=torch.uint8)
-        ctx.save_for_backward(*(inputs if keeps_inputs else ()), *kept)
-        ctx.space, ctx.like = space, [(tensor.shape, tensor.dtype) for tensor in inputs]
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        kept = ctx.saved_tensors
-        workspace = torch.empty(ctx.space.backward, dtype=torch.uint8)
-        asked = ctx.needs_input_grad[4:]
-        grads = [
-            torch.empty(shape, dtype=dtype) if wanted else None
-            for (shape, dtype), wanted in zip(ctx.like, asked, strict=True)
-        ]
-        del kept, workspace
-        return None, None, None, None, *grads
 
 
 class _Mark(torch.autograd.Function):
@@ -462,38 +389,6 @@ class _Mark(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         ctx.function()
         return grad, None
-
-
-class _EvenlyRouted(RoutedExperts):
-    """Experts that are chosen alike: as many as can be have work, and what is dense is as large as it gets."""
-
-    def forward(self, hidden_states: Any, top_k_index: Any, top_k_weights: Any, **adapters: Any) -> Any:
-        each = -(-top_k_index.numel() // self.num_experts)
-        # What is made of experts is gone before the next ones: two groups of them will do.
-        busy = 2 * together_on(hidden_states, self.gate_up_proj)
-        self.ends = [min(each * min(expert + 1, busy), top_k_index.numel()) for expert in range(self.num_experts)]
-        return super().forward(hidden_states, top_k_index, top_k_weights, **adapters)
-
-
-def _tower_of(bound: type) -> type:
-    """The class of a tower that knows the grids of its images, as of all else, by their values."""
-
-    class Tower(bound):  # type: ignore[misc,valid-type]
-        def of_grids(self, *args: Any) -> dict[str, Any]:
-            with unset_fake_temporarily():
-                found: dict[str, Any] = super().of_grids(*args)
-            return {**found, "image_layout": _HostLayout.from_lengths(found["image_layout"].lengths)}
-
-    return Tower
-
-
-def _know_values(model: Any) -> None:
-    """Tell modules what in a step they would ask tensors for."""
-    for module in causal_of(model).modules():
-        if type(module) is RoutedExperts:
-            module.__class__ = _EvenlyRouted
-        elif hasattr(module, "of_grids"):
-            module.__class__ = _tower_of(type(module))
 
 
 def _layers(live: LiveBytes, architecture: Architecture) -> tuple[LayerBytes, ...]:
