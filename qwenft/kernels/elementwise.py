@@ -57,7 +57,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # as autograd calls it
         x, weight, gate, scale = ctx.saved_tensors
         return *_norm_gradients(grad, x, weight, gate, scale, ctx.needs_input_grad[:3]), None
 
@@ -102,7 +102,7 @@ class _SwiGLU(torch.autograd.Function):
         return _gated(gate, up)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # as autograd calls it
         gate, up = ctx.saved_tensors
         return _gated_gradients(grad, gate, up, ctx.needs_input_grad)
 

@@ -206,7 +206,7 @@ class _RoutedExperts(torch.autograd.Function):
         return _summed(answers_SH, routes, weights.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # as autograd calls it
         x, weights, hidden_SF2, a1, b1, a2, b2, *trained = ctx.saved_tensors
         gate_up, down = (kept if held is None else held for held, kept in zip(ctx.frozen, trained, strict=True))
         first, second = _Stack(gate_up, a1, b1, ctx.scalings[0]), _Stack(down, a2, b2, ctx.scalings[1])

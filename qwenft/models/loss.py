@@ -185,7 +185,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]  # as autograd calls it
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             # In place: they are as large as what they are the gradients of, and nobody else's.

@@ -33,7 +33,7 @@ class _CastMatmul(torch.autograd.Function):
         return x @ dense(weight, x.dtype).T
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # type: ignore[override]  # as autograd calls it
         x, weight = ctx.saved_tensors
         weight = weight if ctx.frozen is None else ctx.frozen
         grad_x = grad @ dense(weight, grad.dtype) if ctx.needs_input_grad[0] else None
@@ -56,7 +56,7 @@ class _CastLookup(torch.autograd.Function):
         return F.embedding(ids, weight).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor, None, None]:  # type: ignore[override]  # as autograd calls it
         (ids,) = ctx.saved_tensors
         grad_weight = torch.ops.aten.embedding_dense_backward(grad, ids, ctx.words, ctx.padding, False)
         return None, grad_weight, None, None

@@ -79,7 +79,7 @@ class _Declared(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]  # as autograd calls it
         kept = ctx.saved_tensors
         workspace = torch.empty(ctx.space.backward, dtype=torch.uint8)
         asked = ctx.needs_input_grad[4:]
