@@ -17,7 +17,7 @@ from qwenft.models.weights import storage_of
 from qwenft.plan.choice import Choice, choose
 from qwenft.plan.coverage import trained_weights
 from qwenft.plan.draft import Draft, Slot
-from qwenft.plan.findings import LEVELS, Finding, error
+from qwenft.plan.findings import LEVELS, Finding, error, note
 from qwenft.plan.rules import check
 from qwenft.specs.data import DataSpec
 from qwenft.training_plan import TrainingPlan
@@ -63,7 +63,8 @@ def compile_recipe(
         compute_dtype=compute_dtype,
         slots=slots,
     )
-    found = [*problems, *_data_problems(recipe.data), *check(draft)]
+    notes = [note("recipe", text) for text in recipe.notes]
+    found = [*problems, *_data_problems(recipe.data), *check(draft), *notes]
     findings = tuple(sorted(found, key=lambda finding: LEVELS.index(finding.level)))
     plan = TrainingPlan(recipe=recipe, draft=draft, findings=findings)
     errors = [finding for finding in findings if finding.level == "error"]

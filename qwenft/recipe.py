@@ -41,6 +41,8 @@ class Recipe:
         attention: the backends.
         training: the loop.
         parallel: the processes.
+        notes: what is worth knowing of how the recipe came about, which its plans show; two recipes that differ in
+            nothing else are equal.
 
     Examples:
         >>> recipe = Recipe(ModelSpec("qwen3.5-27b"))
@@ -69,6 +71,16 @@ class Recipe:
     parallel: ParallelSpec = attrs.field(
         factory=ParallelSpec.single,
         validator=kind_of(ParallelSpec, "Recipe(..., parallel=ParallelSpec.single())"),
+    )
+    notes: tuple[str, ...] = attrs.field(
+        default=(),
+        kw_only=True,
+        eq=False,
+        validator=Check(
+            lambda value: isinstance(value, tuple) and all(isinstance(note, str) for note in value),
+            "a tuple of texts",
+            'Recipe(..., notes=("from config.yaml",))',
+        ),
     )
 
     def with_model(self, model: ModelSpec | None = None, **changes: Any) -> Recipe:
@@ -155,6 +167,7 @@ class Recipe:
     def fingerprint(self) -> str:
         """sha256 of the recipe as JSON, rows in memory by their content: equal for equal recipes."""
         content = Codec(folder=None).dump(self)
+        del content["notes"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def _with(self, field: str, value: Any, changes: dict[str, Any]) -> Recipe:

@@ -565,7 +565,7 @@ class TrainingPlan:
         recipe = Codec(folder=None).dump(self.recipe)
         for name in ("save_every", "keep_checkpoints"):
             del recipe["training"][name]
-        del recipe["parallel"]
+        del recipe["parallel"], recipe["notes"]
         values = {"recipe": recipe, "weights": weight_digests(self._folder), "data": self._corpus.digests}
         if self.recipe.adapter.path is not None:
             values["adapter"] = {TENSORS: file_digest(Path(self.recipe.adapter.path) / TENSORS)}

@@ -143,7 +143,7 @@ RECIPES = {
 
 def test_every_field_is_changed_once():
     """The table above leaves out no field but those with one possible value."""
-    specs = {field.name: getattr(PLAIN, field.name) for field in attrs.fields(Recipe)}
+    specs = {field.name: getattr(PLAIN, field.name) for field in attrs.fields(Recipe) if field.eq}
     fields = {f"{name}.{field.name}" for name, spec in specs.items() for field in attrs.fields(type(spec))}
     assert {name.partition(" ")[0] for name in CHANGED} == fields - ONE_VALUE
 
@@ -278,3 +278,13 @@ def test_a_saved_module_must_be_allowed(tmp_path, monkeypatch):
     with pytest.raises(SpecError, match=r'Fix: Recipe\.load\(path, allow_modules=\["my_backend"\]\)'):
         Recipe.load(path)
     assert Recipe.load(path, allow_modules=["my_backend"]) == recipe
+
+
+def test_notes_are_shown_and_kept_and_change_nothing(tmp_path, dense_checkpoint):
+    """How a recipe came about is in its plans and its file; it is the same recipe, with the same fingerprint."""
+    recipe = Recipe(ModelSpec(dense_checkpoint))
+    noted = attrs.evolve(recipe, notes=("read from config.yaml",))
+    assert noted == recipe
+    assert noted.fingerprint == recipe.fingerprint
+    assert Recipe.load(noted.save(tmp_path / "recipe.json")).notes == noted.notes
+    assert "note: recipe: read from config.yaml" in noted.with_training(seed=1).compile().explain()
