@@ -44,6 +44,7 @@ def compile_recipe(
     slots, problems = _slots(recipe, loaded, machine, compute_dtype)
     asked = recipe.adapter
     begun = None if asked.path is None else Adapter.of_folder(Path(asked.path))
+    count = ranks or _ranks(recipe, machine, here=machine == here)
     draft = Draft(
         model=recipe.model,
         data=recipe.data,
@@ -53,7 +54,8 @@ def compile_recipe(
         attention=recipe.attention,
         training=recipe.training,
         parallel=recipe.parallel,
-        ranks=ranks or _ranks(recipe, machine, here=machine == here),
+        ranks=count,
+        local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", count)) if machine == here else count,
         checkpoint=checkpoint,
         architecture=loaded,
         storage=storage_of(recipe.model, loaded),

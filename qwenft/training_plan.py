@@ -79,11 +79,7 @@ class TrainingPlan:
     @property
     def state(self) -> StateBytes:
         """The bytes of weights, gradients and optimizer, in each process."""
-        draft = self.draft
-        shards = draft.ranks if draft.parallel.kind == "fsdp2" else 1
-        if draft.parallel.hybrid:
-            shards = int(os.environ.get("LOCAL_WORLD_SIZE", shards))
-        return state_bytes(draft.architecture, draft.trained, draft.training, draft.storage, shards=shards)
+        return self.draft.state
 
     @property
     def checkpoint_bytes(self) -> int:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _LOGIT_BYTES = 160 * 2**20  # float32 logits of a chunk
 CACHED_BYTES = 16 * 2**20  # those of them that are made gradients at a time
 _CAST_BYTES = 4 * 2**20  # the part of a head in another dtype that is cast at a time
+_PRODUCT_BYTES = 64 * 2**20  # float32, of what is added to the gradient of a head in one product
 
 
 @attrs.frozen
@@ -247,8 +248,9 @@ def _input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     if left.dtype == total.dtype:
         total.addmm_(left, right)
-    else:
-        total += left @ right
+        return
+    for rows in _parts(len(total), _PRODUCT_BYTES, total.shape[1]):
+        total[rows] += left[rows] @ right
 
 
 def _blocks(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:

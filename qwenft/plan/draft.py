@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from qwenft.plan.records import StateBytes, state_bytes
+
 if TYPE_CHECKING:
     from qwenft.capabilities import Backend
     from qwenft.family.architectures import Architecture
@@ -58,6 +60,7 @@ class Draft:
         training: the loop.
         parallel: the processes.
         ranks: how many of them the plan is for.
+        local_ranks: those on one node.
         checkpoint: the architecture of the whole checkpoint.
         architecture: the part of it that is loaded.
         storage: how its weights are held.
@@ -77,6 +80,7 @@ class Draft:
     training: TrainingSpec
     parallel: ParallelSpec
     ranks: int
+    local_ranks: int
     checkpoint: Architecture
     architecture: Architecture
     storage: Storage
@@ -85,6 +89,34 @@ class Draft:
     here: bool
     compute_dtype: str
     slots: tuple[Slot, ...]
+
+    @property
+    def shards(self) -> int:
+        """The processes that each weight is shared out over."""
+        if self.parallel.kind != "fsdp2":
+            return 1
+        return self.local_ranks if self.parallel.hybrid else self.ranks
+
+    @property
+    def state(self) -> StateBytes:
+        """The bytes of weights, gradients and optimizer, in each process."""
+        return self.state_of(self.architecture, self.trained)
+
+    def state_of(self, architecture: Architecture, trained: tuple[TrainedWeight, ...]) -> StateBytes:
+        """The same of a model of fewer layers."""
+        return state_bytes(
+            architecture,
+            trained,
+            self.training,
+            self.storage,
+            shards=self.shards,
+            offloaded=self.is_offloaded,
+        )
+
+    @property
+    def is_offloaded(self) -> bool:
+        """What the processes share stays in host memory, and not where the model computes."""
+        return self.parallel.offload is not None and self.shards > 1 and self.machine.device == "cuda"
 
     @property
     def backends(self) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class StateBytes:
         gradients: of the trained parameters: float32, or of their dtype where a step is one micro-batch; of the
             largest one where the optimizer steps in backward.
         optimizer: what the optimizer keeps of each trained parameter.
-        on_host: frozen weights that stay in host memory, and are not in the sum.
+        on_host: what stays in host memory, and is not in the sum.
     """
 
     weights: int
@@ -114,6 +114,7 @@ def state_bytes(
     storage: Storage,
     *,
     shards: int = 1,
+    offloaded: bool = False,
 ) -> StateBytes:
     """Count what a process of a run holds.
 
@@ -123,6 +124,7 @@ def state_bytes(
         training: the optimizer, and how trained weights and gradients are held.
         storage: how weights are held.
         shards: the processes that each weight is shared out over; one of few rows may be held unevenly.
+        offloaded: what is shared out stays in host memory.
     """
     replaced = [entry.weight for entry in entries if entry.how == "itself"]
     trained = gradients = optimizer = on_host = weights = 0
@@ -133,21 +135,27 @@ def state_bytes(
         is_whole = entry.how == "itself" and storage.is_whole(entry.weight)
         sizes = [size if is_whole else -(-size // shards) for size in entry.sizes]
         count = entry.weight.instances * sum(sizes)
+        moments = entry.weight.instances * sum(_optimizer_bytes(size, training) for size in sizes)
+        gradient = (_FLOAT32 if accumulates(training) else item) * count
+        if offloaded and not is_whole:
+            on_host += item * count + moments + gradient
+            continue
         trained += item * count
         if training.optimizer_in_backward:
             gradients = max(gradients, item * max(sizes))
         else:
-            gradients += (_FLOAT32 if accumulates(training) else item) * count
-        optimizer += entry.weight.instances * sum(_optimizer_bytes(size, training) for size in sizes)
+            gradients += gradient
+        optimizer += moments
     for weight in inventory(architecture):
         kept, _ = parted(weight, replaced)
-        held = 0
-        if kept is not None:
-            held = storage.process_bytes(kept, text_only=architecture.is_text_only, shards=shards)
-        if weight.role == "embeddings" and training.embeddings_on_host:
-            on_host += held
+        if kept is None:
+            continue
+        part, whole = storage.process_bytes(kept, text_only=architecture.is_text_only, shards=shards)
+        if offloaded or (weight.role == "embeddings" and training.embeddings_on_host):
+            on_host += part
+            weights += whole
         else:
-            weights += held
+            weights += part + whole
     return StateBytes(weights=weights, trained=trained, gradients=gradients, optimizer=optimizer, on_host=on_host)
 
 

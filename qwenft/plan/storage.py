@@ -67,19 +67,21 @@ class Storage:
         """Whether every process holds all of a weight where others are shared out: small, and of another dtype."""
         return weight.is_float32 and self.dtype != "float32"
 
-    def process_bytes(self, weight: Weight, *, text_only: bool, shards: int) -> int:
-        """Bytes over all layers in one of the processes that share weights out; scales are whole in each."""
-        total = 0
+    def process_bytes(self, weight: Weight, *, text_only: bool, shards: int) -> tuple[int, int]:
+        """Bytes over all layers in one of the processes that share weights out.
+
+        Returns:
+            Its part of what is shared out, and what is whole in each: float32 weights beside others, and scales.
+        """
+        part = whole = 0
         for held_in, count in self.bytes_of(weight, text_only=text_only).items():
-            if self.is_whole(weight):
-                total += count
-                continue
-            shared = count
+            shared = 0 if self.is_whole(weight) else count
             if held_in in ("nf4", "int8"):
                 each = quantized_bytes(weight.shape, held_in, double_quant=self.double_quant)
                 shared = count // each * packed_bytes(weight.shape, held_in)
-            total += -(-shared // shards) + count - shared
-        return total
+            part += -(-shared // shards)
+            whole += count - shared
+        return part, whole
 
     def bytes_of(self, weight: Weight, *, text_only: bool) -> dict[str, int]:
         """Bytes over all layers, by the format that they are held in."""

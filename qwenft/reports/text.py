@@ -148,7 +148,7 @@ def state_text(state: StateBytes, ranks: int = 1) -> str:
         ("optimizer", state.optimizer),
     )
     listed = ", ".join(f"{name} {bytes_text(count)}" for name, count in parts)
-    on_host = f"; embeddings of {bytes_text(state.on_host)} on the host" if state.on_host else ""
+    on_host = f"; {bytes_text(state.on_host)} more on the host" if state.on_host else ""
     return f"{bytes_text(state.total)}{each}: {listed}{on_host}; activations come on top"
 
 

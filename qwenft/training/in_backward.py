@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 import attrs
 import torch
 
-from qwenft.training.trained import take_gradient
-
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -67,15 +65,14 @@ def step_in_backward(optimizer: torch.optim.Optimizer, trained: Trained) -> Iter
         optimizer.step()
         part.grad = None
 
-    def update_shard(part: torch.Tensor, parameter: torch.Tensor) -> None:
-        take_gradient(parameter, part)
+    def update_shard(_: torch.Tensor, part: torch.Tensor) -> None:
         update(part, norms.of_shards)
 
     handles = []
     for name, parameter in trained.parameters.items():
         part = trained.parts[name]
         if part is not parameter:
-            handles.append(parameter.register_post_accumulate_grad_hook(partial(update_shard, part)))
+            handles.append(parameter.register_post_accumulate_grad_hook(partial(update_shard, part=part)))
         elif not trained.is_sharded:
             handles.append(parameter.register_post_accumulate_grad_hook(partial(update, into=norms.of_whole)))
     try:

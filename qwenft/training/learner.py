@@ -238,7 +238,6 @@ class Learner:
             loss = self.loss(batch)
             part = loss.total / tokens
             (part * self.shares.averaged_over).backward()
-            self.shares.take_gradients()
             parts.append(part.detach())
             mtp.append(loss.mtp)
         self.shares.sum_whole()

@@ -18,8 +18,13 @@ from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from typing import Self
 
 FORWARD, LOSS, BACKWARD, UPDATE = "forward", "loss", "backward", "update"
+#: The component of what is not where the model computes, and in no peak.
+HOST = "host"
+ACTIVATIONS, COLLECTIVES = "activations", "collectives"
+_OF_COLLECTIVES = ("fsdp", "c10d")
 
 
 @attrs.define(eq=False)
@@ -75,7 +80,30 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._see(leaf.untyped_storage())
+        if func.namespace in _OF_COLLECTIVES:
+            for tensor in _written(func, args, kwargs or {}, result):
+                self.label(tensor, COLLECTIVES)
         return result
+
+    def __enter__(self) -> Self:
+        # FSDP lets weights that were gathered go, and gathers them anew, by resizing their storages: torch has no
+        # other sign of it (its own torch/distributed/_tools/mem_tracker.py does the same).
+        resize_storage = self._resize = torch.UntypedStorage.resize_
+
+        def resize(storage: Any, count: int) -> Any:
+            self._go(storage._cdata)  # noqa: SLF001
+            resized = resize_storage(storage, count)
+            if count:
+                self._see(storage)
+            return resized
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]  # it is put back
+        entered: Self = super().__enter__()
+        return entered
+
+    def __exit__(self, *error: object) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)
 
     def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
         """Leave out what is there from step to step, and counted by other means."""
@@ -100,18 +128,21 @@ class LiveBytes(TorchDispatchMode):
 
     def _see(self, storage: Any) -> None:
         key = storage._cdata  # noqa: SLF001
-        if key in self._numbers or key in self._known:
-            return
+        if key not in self._numbers and key not in self._known:
+            self._come(storage, key)
+
+    def _come(self, storage: Any, key: int) -> None:
         number = self._numbers[key] = len(self.sizes)
         self.sizes.append(storage.nbytes())
         self._born.append(self.segments[-1])
         self.segments[-1].events.append(number)
-        weakref.finalize(storage, self._go, key, number)
+        weakref.finalize(storage, self._go, key)
 
-    def _go(self, key: int, number: int) -> None:
-        del self._numbers[key]
-        self._gone[number] = self.segments[-1]
-        self.segments[-1].events.append(~number)
+    def _go(self, key: int) -> None:
+        number = self._numbers.pop(key, None)
+        if number is not None:  # one that was resized to nothing is gone already
+            self._gone[number] = self.segments[-1]
+            self.segments[-1].events.append(~number)
 
     def _component(self, number: int) -> str:
         """What a storage is, by when it was made and when it went."""
@@ -121,7 +152,7 @@ class LiveBytes(TorchDispatchMode):
         if born == LOSS:
             return "loss"
         is_kept = born == FORWARD and (gone is None or gone.phase != FORWARD)
-        return "activations" if is_kept else "working"
+        return ACTIVATIONS if is_kept else "working"
 
     def peak(self, start: Mapping[str, int], repeats: Mapping[str, int]) -> Peak:
         """The most that is there at once.
@@ -131,25 +162,36 @@ class LiveBytes(TorchDispatchMode):
             repeats: how often the segments of each group occur.
         """
         components = [self._component(number) for number in range(len(self.sizes))]
+        sizes = [0 if what == HOST else size for what, size in zip(components, self.sizes, strict=True)]
         live = Counter(start)
         total = largest = sum(start.values())
         found = Peak(dict(live), self.segments[0])
         for segment in self._unrolled(repeats):
             for event in segment.events:
                 number, sign = (event, 1) if event >= 0 else (~event, -1)
-                live[components[number]] += sign * self.sizes[number]
-                total += sign * self.sizes[number]
+                live[components[number]] += sign * sizes[number]
+                total += sign * sizes[number]
                 if total > largest:
                     largest = total
                     found = Peak(dict(live), segment)
         return found
 
     def kept(self, segment: Segment) -> int:
-        """The bytes that are there behind a part of the step and were not before."""
-        return sum(self.sizes[event] if event >= 0 else -self.sizes[~event] for event in segment.events)
+        """The bytes of activations that are there behind a part of the step and were not before."""
+        kept = {number: size for number, size in enumerate(self.sizes) if self._component(number) == ACTIVATIONS}
+        return sum(kept.get(event, 0) if event >= 0 else -kept.get(~event, 0) for event in segment.events)
 
     def _unrolled(self, repeats: Mapping[str, int]) -> Iterator[Segment]:
         for group, segments in itertools.groupby(self.segments, key=lambda segment: segment.group):
             together: Sequence[Segment] = list(segments)
             for _ in range(1 if group is None else repeats[group]):
                 yield from together
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> list[torch.Tensor]:
+    """What an operation returns, and the arguments that it writes to."""
+    found = [result]
+    for index, argument in enumerate(func._schema.arguments):  # noqa: SLF001 - which of them, only the schema says
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found.append(args[index] if index < len(args) else kwargs.get(argument.name))
+    return [leaf for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor)]

@@ -136,6 +136,9 @@ def _train_weights(
         parameter.requires_grad_(name in names)
         if name in names and training.master_weights:
             parameter.data = parameter.data.float()
-        if name in names and accumulates(training):
-            # Sums of bfloat16 gradients would lose what the later micro-batches add.
+        if name not in names:
+            continue
+        # Sums of bfloat16 gradients would lose what later micro-batches add. That of the head comes in float32, of
+        # which a copy in bfloat16 is nothing gained where it is used up at once.
+        if accumulates(training) or (training.optimizer_in_backward and name == "lm_head.weight"):
             parameter.grad_dtype = torch.float32

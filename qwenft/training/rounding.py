@@ -14,7 +14,10 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-_BUCKET_ELEMENTS = 2**26  # float32 copies of so many weights exist at a time: 256 MiB
+#: Float32 copies of so many weights exist at a time: 128 MiB.
+_AT_ONCE = 2**25
+#: In 8 bits as many moments share a scale (bitsandbytes 0.50, optim/optimizer.py): a cut is never within them.
+_BLOCK = 256
 
 
 class StochasticRounding(torch.optim.Optimizer):
@@ -39,7 +42,10 @@ class StochasticRounding(torch.optim.Optimizer):
             for group in self.param_groups:
                 for bucket in _buckets([p for p in group["params"] if p.grad is not None]):
                     self.optimizer.param_groups = [{**group, "params": bucket}]
-                    self._update(bucket)
+                    if self._is_cut(bucket[0]):
+                        self._update_in_parts(bucket[0])
+                    else:
+                        self._update(bucket)
         finally:
             self.optimizer.param_groups = self.param_groups
 
@@ -56,6 +62,33 @@ class StochasticRounding(torch.optim.Optimizer):
             parameter.grad = None
             weights.copy_(round_stochastically(parameter.data))
             parameter.data = weights
+
+    def _is_cut(self, parameter: torch.nn.Parameter) -> bool:
+        # Moments that are paged are in memory that only bitsandbytes can allocate.
+        is_paged = getattr(self.optimizer, "is_paged", False)
+        return parameter.numel() > _AT_ONCE and parameter.dtype == torch.bfloat16 and not is_paged
+
+    def _update_in_parts(self, parameter: torch.nn.Parameter) -> None:
+        """Update one large parameter, some of its elements after the others: an optimizer looks at each alone."""
+        weights, gradient, kept = parameter.data, parameter.grad, self.state.pop(parameter, {})
+        assert gradient is not None
+        count = weights.numel()
+        size = -(-count // -(-count // _AT_ONCE) // _BLOCK) * _BLOCK
+        found = []
+        for start in range(0, count, size):
+            part = slice(start, min(start + size, count))
+            parameter.grad = None
+            parameter.data = weights.view(-1)[part].float()
+            parameter.grad = gradient.view(-1)[part].float()
+            self.state[parameter] = {key: _part(value, part, count) for key, value in kept.items()}
+            self.optimizer.step()
+            weights.view(-1)[part].copy_(round_stochastically(parameter.data))
+            found.append(self.state.pop(parameter, {}))
+        parameter.grad = None
+        parameter.data = weights
+        self.state[parameter] = {
+            key: _together([state[key] for state in found], kept.get(key), weights) for key in found[-1]
+        }
 
 
 def round_stochastically(values: torch.Tensor) -> torch.Tensor:
@@ -74,11 +107,33 @@ def round_stochastically(values: torch.Tensor) -> torch.Tensor:
     return noise.add_(values.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
 
 
+def _part(value: Any, part: slice, count: int) -> Any:
+    """What an optimizer keeps of some of a parameter's elements: it shares the memory of what is kept of all."""
+    if not _is_of_elements(value, count):
+        return value.clone() if isinstance(value, torch.Tensor) and value.ndim == 0 else value
+    return value.view(-1)[part.start * value.numel() // count : -(-part.stop * value.numel() // count)]
+
+
+def _is_of_elements(value: Any, count: int) -> bool:
+    """Whether a value has a number for each element of a large parameter, or for each block of them."""
+    return isinstance(value, torch.Tensor) and value.numel() * _BLOCK >= count
+
+
+def _together(found: Sequence[Any], kept: Any, weights: torch.Tensor) -> Any:
+    """What an optimizer keeps of a parameter, of what it ``found`` for its parts and had ``kept`` of it before."""
+    if kept is not None and _is_of_elements(kept, weights.numel()):
+        return kept
+    if kept is None and _is_of_elements(found[-1], weights.numel() // len(found)):
+        whole = torch.cat(list(found))
+        return whole.view_as(weights) if whole.numel() == weights.numel() else whole
+    return found[-1]
+
+
 def _buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
     """Parts of about as many elements, of one parameter at least."""
     bucket: list[torch.nn.Parameter] = []
     for parameter in parameters:
-        if bucket and sum(p.numel() for p in bucket) + parameter.numel() > _BUCKET_ELEMENTS:
+        if bucket and sum(p.numel() for p in bucket) + parameter.numel() > _AT_ONCE:
             yield bucket
             bucket = []
         bucket.append(parameter)

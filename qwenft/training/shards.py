@@ -30,9 +30,13 @@ from qwenft.models.lora import unwrapped
 from qwenft.training.trained import SCALES, local_of, rows_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from qwenft.family.inventory import Weight
     from qwenft.models.load import WeightSource
+    from qwenft.plan.storage import Storage
     from qwenft.specs.parallel import ParallelSpec
     from qwenft.training.ranks import Ranks
 
@@ -70,9 +74,6 @@ class _Within(torch.nn.Module):
 def shard_model(model: Any, parallel: ParallelSpec, ranks: Ranks, source: WeightSource, device: str) -> None:
     """Share a model out over processes and read each one's part, in place.
 
-    Units that are gathered as one are the decoder layers, the blocks of the tower, what the tower has beside them,
-    the embeddings and the head, and what is left. Gradients are added up over all processes in float32.
-
     Args:
         model: bound, adapted, with the weights of its checkpoint on the meta device.
         parallel: of kind "fsdp2".
@@ -80,17 +81,42 @@ def shard_model(model: Any, parallel: ParallelSpec, ranks: Ranks, source: Weight
         source: of the weights.
         device: "cpu" or "cuda".
     """
-    causal = causal_of(model)
-    whole = _whole(causal, source)
+    share_out(model, parallel, mesh_of(parallel, ranks, device), source.weights, source.storage)
+    _read(causal_of(model), source, device, held_on="cpu" if parallel.offload else device)
+
+
+def mesh_of(parallel: ParallelSpec, ranks: Ranks, device: str) -> DeviceMesh:
+    """The processes as ``fully_shard`` wants them: in one row, or a row for each node."""
     mesh = {"shard": ranks.count}
     if parallel.hybrid:
         mesh = {"replicate": ranks.count // ranks.local_count, "shard": ranks.local_count}
+    return init_device_mesh(device, tuple(mesh.values()), mesh_dim_names=tuple(mesh))
+
+
+def share_out(
+    model: Any, parallel: ParallelSpec, mesh: DeviceMesh, weights: Mapping[str, Weight], storage: Storage
+) -> None:
+    """Leave of every weight this process's part, in place.
+
+    Units that are gathered as one are the decoder layers, the blocks of the tower, what the tower has beside them,
+    the embeddings and the head, and what is left. Gradients are added up over all processes in float32.
+
+    Args:
+        model: bound and adapted.
+        parallel: of kind "fsdp2".
+        mesh: of the processes.
+        weights: of its checkpoint, by name.
+        storage: how they are held.
+    """
+    causal = causal_of(model)
+    whole = _whole(causal, weights, storage)
+    pinned = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     options: dict[str, Any] = {
-        "mesh": init_device_mesh(device, tuple(mesh.values()), mesh_dim_names=tuple(mesh)),
+        "mesh": mesh,
         "reshard_after_forward": parallel.reshard_after_forward,
         # Modules cast weights themselves.
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
-        "offload_policy": CPUOffloadPolicy(pin_memory=device == "cuda") if parallel.offload else OffloadPolicy(),
+        "offload_policy": pinned if parallel.offload else OffloadPolicy(),
         "ignored_params": set(whole.values()),
     }
     for unit in (*_units(causal), causal):
@@ -104,7 +130,6 @@ def shard_model(model: Any, parallel: ParallelSpec, ranks: Ranks, source: Weight
     for module in (causal, causal.lm_head):
         setattr(module, _CALL, _call)
         register_fsdp_forward_method(module, _CALL)
-    _read(causal, source, device, held_on="cpu" if parallel.offload else device)
 
 
 def _units(causal: Any) -> Iterator[Any]:
@@ -121,15 +146,15 @@ def _units(causal: Any) -> Iterator[Any]:
         yield causal.lm_head
 
 
-def _whole(causal: Any, source: WeightSource) -> dict[str, torch.nn.Parameter]:
+def _whole(causal: Any, weights: Mapping[str, Weight], storage: Storage) -> dict[str, torch.nn.Parameter]:
     """The weights that are not shared out, by name."""
-    if source.storage.dtype == "float32":
+    if storage.dtype == "float32":
         return {}
     parameters = dict(causal.named_parameters())
     return {
         name: parameter
         for name, parameter in parameters.items()
-        if (weight := source.weights.get(unwrapped(name))) is not None and weight.is_float32
+        if (weight := weights.get(unwrapped(name))) is not None and weight.is_float32
     }
 
 
@@ -158,9 +183,7 @@ def _read(causal: Any, source: WeightSource, device: str, *, held_on: str) -> No
         else:
             part = _initial(causal, name, source)[rows]
         local_of(parameter).copy_(part)
-    setattr(causal, SCALES, scales)
-    for unit in (module for module in causal.modules() if isinstance(module, FSDPModule)):
-        _give_scales(causal, unit, scales)
+    give_scales(causal, scales)
 
 
 def _initial(causal: Any, name: str, source: WeightSource) -> torch.Tensor:
@@ -177,8 +200,19 @@ def _initial(causal: Any, name: str, source: WeightSource) -> torch.Tensor:
     return torch.cat(rows)
 
 
+def give_scales(causal: Any, scales: list[tuple[str, str, Any]]) -> None:
+    """Put the scales of quantized weights beside these whenever they have been gathered.
+
+    Args:
+        causal: a model that is shared out.
+        scales: of each weight its name, what bitsandbytes calls its scales, and the scales.
+    """
+    setattr(causal, SCALES, scales)
+    for unit in (module for module in causal.modules() if isinstance(module, FSDPModule)):
+        _give_scales(causal, unit, scales)
+
+
 def _give_scales(causal: Any, unit: Any, scales: list[tuple[str, str, Any]]) -> None:
-    """Put the scales of quantized weights beside these whenever they have been gathered."""
     others: list[Any] = [m for m in unit.modules() if isinstance(m, FSDPModule) and m is not unit]
     inside = set(unit.modules()).difference(*(module.modules() for module in others))
     mine = [

@@ -7,18 +7,21 @@ a step goes through all of its operations. The middle of a deep model, whose lay
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
+from torch import distributed as dist
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
     UnsupportedOperatorException,
 )
+from torch.distributed.fsdp import FSDPModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from qwenft.data.stream import Batch, VisionInputs
 from qwenft.family.inventory import inventory, role_of
@@ -29,16 +32,19 @@ from qwenft.models.lora import base_name, unwrapped
 from qwenft.models.mtp import one_token_on
 from qwenft.models.quantize import empty_scales
 from qwenft.plan.memory import LayerBytes, MemoryReport
-from qwenft.plan.records import accumulates, state_bytes
+from qwenft.plan.records import accumulates
 from qwenft.training.in_backward import step_in_backward
 from qwenft.training.learner import Learner
-from qwenft.training.live_bytes import BACKWARD, FORWARD, LOSS, UPDATE, LiveBytes
+from qwenft.training.live_bytes import BACKWARD, COLLECTIVES, FORWARD, HOST, LOSS, UPDATE, LiveBytes
 from qwenft.training.prepare import adapted
+from qwenft.training.ranks import ALONE, Ranks
 from qwenft.training.rounding import StochasticRounding
-from qwenft.training.stand_ins import AttentionStandIn, HostLayout, LinearStandIn, know_values
+from qwenft.training.shards import give_scales, mesh_of, share_out
+from qwenft.training.stand_ins import AttentionStandIn, HostLayout, LinearStandIn, keep_on_host, know_values
+from qwenft.training.trained import local_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from qwenft.data.stream import Stream
     from qwenft.family.architectures import Architecture
@@ -105,7 +111,8 @@ def simulate(draft: Draft, row: Row) -> MemoryReport:
     shallow, repeats = _shallow(draft)
     trained = _trained_in(shallow, draft)
     live = LiveBytes()
-    with torch.random.fork_rng(), planned_on(draft.machine.device):
+    with torch.random.fork_rng(), planned_on(draft.machine.device), _processes(draft) as ranks:
+        mesh = mesh_of(draft.parallel, ranks, "cpu") if ranks.count > 1 else None
         model = adapted(
             model_on_meta(shallow, draft.storage),
             shallow,
@@ -121,6 +128,8 @@ def simulate(draft: Draft, row: Row) -> MemoryReport:
         following = one_token_on(batch).located() if draft.adapter.mtp_weight else None
         with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
             _give_memory(model)
+            if mesh is not None:
+                share_out(model, draft.parallel, mesh, named_weights(shallow), draft.storage)
             live.ignore(_give_scales(model, shallow, draft.storage))
             live.ignore(_inputs(batch := _faked(batch, fakes)))
         learner = Learner(
@@ -129,16 +138,18 @@ def simulate(draft: Draft, row: Row) -> MemoryReport:
             device="cpu",
             role_of=lambda name: role_of(shallow, base_name(name)),
             mtp_weight=draft.adapter.mtp_weight,
+            ranks=ranks,
         )
         with fakes:
             _step(learner, live, batch, following, draft, accumulating=row.accumulates)
             update = _updated(draft)
-    state = state_bytes(draft.architecture, draft.trained, draft.training, draft.storage)
+    state = draft.state
     start = {"weights": state.weights, "trained": state.trained, "optimizer": state.optimizer}
     start["inputs"] = sum(tensor.nbytes for tensor in _inputs(batch))
     if row.accumulates:  # those of the shallow model are in the record
-        own = state_bytes(shallow, trained, draft.training, draft.storage)
-        start["gradients"] = state.gradients - own.gradients
+        start["gradients"] = state.gradients - draft.state_of(shallow, trained).gradients
+    if draft.parallel.kind == "ddp" and draft.ranks > 1:
+        start[COLLECTIVES] = state.trained  # in the buckets of DistributedDataParallel
     peaks = [live.peak(start, repeats), update.peak({**start, "gradients": 0}, {})]
     peak = max(peaks, key=lambda peak: sum(peak.by_component.values()))
     return MemoryReport(
@@ -148,6 +159,19 @@ def simulate(draft: Draft, row: Row) -> MemoryReport:
         tokens=sum(row.lengths),
         supervised=row.supervised,
     )
+
+
+@contextmanager
+def _processes(draft: Draft) -> Iterator[Ranks]:
+    """The first of the processes of a plan, whose collectives reach nobody (torch's own "fake" process group)."""
+    if draft.shards == 1:
+        yield ALONE
+        return
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=draft.ranks)
+    try:
+        yield Ranks(count=draft.ranks, local_count=draft.local_ranks)
+    finally:
+        dist.destroy_process_group()
 
 
 def _shallow(draft: Draft) -> tuple[Architecture, dict[str, int]]:
@@ -243,16 +267,22 @@ def _give_memory(model: Any) -> None:
             setattr(module, name, replaced[parameter])
 
 
-def _give_scales(model: Any, architecture: Architecture, storage: Storage) -> list[torch.Tensor]:
-    """Put beside every quantized weight what its dense one is made with."""
-    weights, scales = named_weights(architecture), []
-    for name, parameter in causal_of(model).named_parameters():
-        key = unwrapped(name)
-        if key in weights and storage.is_quantized(weights[key], key):
-            held: Any = empty_scales(weights[key].shape, storage)
-            setattr(parameter, "SCB" if storage.kind == "int8" else "quant_state", held)
-            scales += _tensors_of(held)
-    return scales
+def _give_scales(model: Any, architecture: Architecture, storage: Storage) -> list[Any]:
+    """Put beside every quantized weight what its dense one is made with, and return that."""
+    weights, causal = named_weights(architecture), causal_of(model)
+    kind = "SCB" if storage.kind == "int8" else "quant_state"
+    parameters = {name: parameter for name, parameter in causal.named_parameters() if unwrapped(name) in weights}
+    held: dict[str, Any] = {
+        name: empty_scales(weights[unwrapped(name)].shape, storage)
+        for name in parameters
+        if storage.is_quantized(weights[unwrapped(name)], unwrapped(name))
+    }
+    if isinstance(causal, FSDPModule):
+        give_scales(causal, [(name, kind, scales) for name, scales in held.items()])
+    else:
+        for name, scales in held.items():
+            setattr(parameters[name], kind, scales)
+    return [tensor for scales in held.values() for tensor in _tensors_of(scales)]
 
 
 def _tensors_of(held: Any) -> list[torch.Tensor]:
@@ -272,7 +302,11 @@ def _updated(draft: Draft) -> LiveBytes:
         return live
     weights = [entry.weight for entry in draft.trained for _ in range(entry.weight.instances)]
     parameters = [
-        torch.nn.Parameter(torch.empty(weight.shape, dtype=torch.float32 if weight.is_float32 else dtype))
+        torch.nn.Parameter(
+            torch.empty(weight.shape, dtype=torch.float32)
+            if weight.is_float32
+            else torch.empty(-(-weight.shape[0] // draft.shards), *weight.shape[1:], dtype=dtype)
+        )
         for weight in weights
     ]
     live.ignore(parameters)
@@ -297,20 +331,29 @@ def _step(
 ) -> None:
     """One step on a micro-batch, recorded; ``accumulating``, others were before it, whose gradients are there."""
     model, training = learner.model, draft.training
+    if training.activation_offloading:
+        keep_on_host(model, live)
     decoder, tower = decoder_of(model), getattr(causal_of(model).model, "visual", None)
     _mark(decoder.layers, decoder.norm, "layer", live, is_whole=len(decoder.layers) == draft.architecture.layers)
     if tower is not None and draft.architecture.vision is not None:
         depth = draft.architecture.vision.depth
         _mark(tower.blocks, tower.merger, "block", live, is_whole=len(tower.blocks) == depth)
     know_values(model)
-    live.ignore(model.parameters())
+    live.ignore(map(local_of, model.parameters()))
     live.ignore(model.buffers())
-    for part in learner.trained.values():
-        part.register_post_accumulate_grad_hook(lambda part: live.label(part.grad, "gradients"))
+    for name, part in learner.trained.items():
+        parameter = learner.shares.parameters[name]
+        component = HOST if draft.is_offloaded and part is not parameter else "gradients"
+
+        def label(_: torch.Tensor, part: torch.Tensor = part, component: str = component) -> None:
+            if part.grad is not None:
+                live.label(part.grad, component)
+
+        parameter.register_post_accumulate_grad_hook(label)
         if accumulating:
             with live:
                 part.grad = torch.empty_like(part, dtype=part.grad_dtype)
-            live.label(part.grad, "gradients")
+            label(part)
     optimizer = learner.optimizer
     idle = _Idle(optimizer.param_groups, {})
     learner.optimizer = StochasticRounding(idle) if isinstance(optimizer, StochasticRounding) else idle
@@ -323,6 +366,7 @@ def _step(
         live.begin(BACKWARD, "backward through the loss")
         total.backward()
         live.begin(UPDATE, "update")
+        learner.shares.sum_whole()
         if not training.optimizer_in_backward:
             learner.clip_gradients()
 

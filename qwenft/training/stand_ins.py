@@ -6,15 +6,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from qwenft.capabilities import AttentionBackend, LinearAttentionBackend, Workspace
 from qwenft.kernels.experts import together_on
 from qwenft.kernels.layout import SequenceLayout
 from qwenft.models.bind import causal_of
 from qwenft.models.precision import RoutedExperts
+from qwenft.training.live_bytes import HOST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping
+
+    from qwenft.training.live_bytes import LiveBytes
 
 T = TypeVar("T")
 
@@ -112,6 +117,23 @@ def _tower_of(bound: type) -> type:
             return {**found, "image_layout": HostLayout.from_lengths(found["image_layout"].lengths)}
 
     return Tower
+
+
+def keep_on_host(model: Any, live: LiveBytes) -> None:
+    """Have checkpointed layers keep on the host what they were given, as transformers does on a device."""
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        packed = torch.empty_like(tensor)
+        live.label(packed, HOST)
+        return packed
+
+    def offloaded(function: Any, *args: Any, **kwargs: Any) -> Any:
+        with saved_tensors_hooks(pack, torch.empty_like):
+            return checkpoint(function, *args, **kwargs, use_reentrant=False)
+
+    for module in causal_of(model).modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = offloaded  # noqa: SLF001 - where transformers keeps its own
 
 
 def know_values(model: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,12 +45,9 @@ class Trained:
         self.is_sharded = any(isinstance(p, DTensor) for p in model.parameters())
         self._sharded: dict[str, Any] = {n: p for n, p in self.parameters.items() if isinstance(p, DTensor)}
         self.whole = [p for name, p in self.parameters.items() if self.is_sharded and name not in self._sharded]
-
-    def take_gradients(self) -> None:
-        """Add the gradients of a backward pass to those of the parts."""
         for name, parameter in self._sharded.items():
-            if parameter.grad is not None:
-                take_gradient(parameter, self.parts[name])
+            # At once: the sums in float32 and all of a pass's gradients in bfloat16 never exist together.
+            parameter.register_post_accumulate_grad_hook(partial(_take_gradient, part=self.parts[name]))
 
     @torch.no_grad()
     def sum_whole(self) -> None:
@@ -73,8 +71,8 @@ class Trained:
         mesh = next(iter(self._sharded.values())).device_mesh
         # Where the model is repeated over nodes, every part is summed once for each of them.
         copies = mesh.size(0) if mesh.ndim == 2 else 1
-        total = self._ranks.sum([float(shards.double().square())])[0] / copies
-        return torch.tensor(total + float(whole.double().square()), dtype=torch.float64).sqrt().float()
+        total = self._ranks.sum_tensor(shards.double().square()) / copies
+        return (total + whole.to(total).square()).sqrt().float()
 
     @property
     def averaged_over(self) -> int:
@@ -134,7 +132,7 @@ class Trained:
         return mesh.ndim == 1 or mesh.get_local_rank(0) == 0
 
 
-def take_gradient(parameter: torch.Tensor, part: torch.Tensor) -> None:
+def _take_gradient(parameter: torch.Tensor, part: torch.Tensor) -> None:
     """Add the gradient of a sharded parameter to that of its part."""
     assert isinstance(parameter.grad, DTensor)
     gradient = parameter.grad.to_local()

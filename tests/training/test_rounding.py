@@ -70,12 +70,15 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("bucket", [1, 2 * 64 * 80, 2**26])
+@pytest.mark.parametrize("at_once", [2**17, 2 * 512 * 600, 2**26])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_each_update_is_the_float32_one_rounded(name, bucket, monkeypatch):
-    """A step moves a weight to a neighbour of where the plain optimizer moves it in float32, with the same state."""
-    monkeypatch.setattr(rounding, "_BUCKET_ELEMENTS", bucket)
-    halves, wholes = pair()
+def test_each_update_is_the_float32_one_rounded(name, at_once, monkeypatch):
+    """A step moves a weight to a neighbour of where the plain optimizer moves it in float32, with the same state.
+
+    So it does where several weights are updated together, and where one is updated in parts.
+    """
+    monkeypatch.setattr(rounding, "_AT_ONCE", at_once)
+    halves, wholes = pair((512, 600))
     options = [{"lr": 1e-3, "weight_decay": 0.1}, {"lr": 1e-2, "weight_decay": 0.0}]
     rounded, plain = (
         OPTIMIZERS[name]([{**options[0], "params": ps[:2]}, {**options[1], "params": ps[2:]}])

@@ -77,10 +77,6 @@ def _declares(backend: Backend) -> bool:
 
 def not_simulated(draft: Draft) -> Iterator[Finding]:
     """What a simulation of a step would leave out, so that its figure would be wrong."""
-    if draft.ranks > 1:
-        yield blocked("parallel", "steps of several processes are not simulated", "ParallelSpec.single()")
-    if draft.training.activation_offloading:
-        yield blocked("training.activation_offloading", "it is not simulated", "activation_offloading=False")
     for slot in draft.slots:
         if not slot.backend.traceable and not _declares(slot.backend):
             fix = f'{slot.name}="{"torch" if slot.name == "linear" else "sdpa"}"'
