@@ -114,13 +114,41 @@ def test_this_machine_is_detected():
 @pytest.mark.parametrize("card", CARDS)
 def test_every_card_is_known_by_name(card):
     """A name gives the card's memory and capability, in any case, and a number before it gives several."""
-    memory, capability = CARDS[card]
+    known = CARDS[card]
     one, eight = Machine.named(card.lower()), Machine.named(f"8x{card}")
-    assert (one.device, one.accelerators, one.accelerator_bytes) == ("cuda", 1, memory)
-    assert (eight.accelerators, eight.accelerator_bytes, eight.name) == (8, memory, f"8x{card}")
-    assert one.compute_capability == capability
+    assert (one.device, one.accelerators, one.accelerator_bytes) == ("cuda", 1, known.memory)
+    assert (eight.accelerators, eight.accelerator_bytes, eight.name) == (8, known.memory, f"8x{card}")
+    assert one.compute_capability == known.compute_capability
+    assert (one.bandwidth, dict(one.operations)["bfloat16"]) == (known.bandwidth, known.halves)
+    assert one.version_of("triton") == "3.7.1"
+    assert one.version_of("flash-attn") is None
     assert one.native_bfloat16 is (card != "T4")
     assert one != eight
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "card"),
+    [
+        ("NVIDIA H100 80GB HBM3", 80, "H100-80GB"),
+        ("NVIDIA A100-SXM4-40GB", 40, "A100-40GB"),
+        ("NVIDIA A100-SXM4-80GB", 79, "A100-80GB"),
+        ("NVIDIA GeForce RTX 4090", 24, "RTX4090"),
+        ("NVIDIA L40S", 45, "L40S"),
+        ("NVIDIA L4", 23, "L4"),
+        ("Tesla T4", 15, "T4"),
+        ("NVIDIA Stand-in", 6, None),
+    ],
+)
+def test_rates_of_a_card_are_found_by_what_the_driver_calls_it(name, gigabytes, card):
+    """A card of the table is known under the driver's name, by its memory where two share it; others have none."""
+    assert machine._known_as(name, gigabytes * GIB) == CARDS.get(card)
+
+
+def test_a_cpu_is_named_by_its_memory():
+    """A computer without a GPU, of so much memory, with rates that are assumed."""
+    found = Machine.named("cpu:16GB")
+    assert (found.device, found.memory_bytes, found.accelerators) == ("cpu", 16 * GIB, 0)
+    assert found.bandwidth > 0
 
 
 def test_a_named_machine_is_a_value():
@@ -134,7 +162,10 @@ def test_a_named_machine_is_a_value():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("RTX4080", r"no machine 'RTX4080' is known; did you mean 'RTX\d090'\?\n  Fix: one of T4, .*8xH100-80GB"),
+        (
+            "RTX4080",
+            r"no machine 'RTX4080' is known; did you mean 'RTX\d090'\?\n  Fix: one of T4, .*8xH100-80GB; or cpu:16GB",
+        ),
         ("8xH100-80", r"no machine '8xH100-80' is known; did you mean 'H100-80GB'\?"),
         ("0xT4", r"no machine '0xT4' is known"),
         ("8x", r"no machine '8x' is known\n  Fix: "),

@@ -63,7 +63,7 @@ class FlaDeltaRule(LinearAttentionBackend):
         if (reason := before_ampere(machine)) is not None:
             return Availability(usable=False, reason=reason)
         is_hopper = machine.compute_capability is not None and machine.compute_capability[0] == 9
-        return _installation(NEEDED_ON_HOPPER if is_hopper else NEEDED)
+        return _installation(NEEDED_ON_HOPPER if is_hopper else NEEDED, machine)
 
     def refuses(self, problem: LinearAttentionProblem) -> str | None:
         """Other devices than a GPU, other dtypes than bfloat16, and head dims that FLA asserts against."""
@@ -162,10 +162,10 @@ class FlaDeltaRule(LinearAttentionBackend):
         )
 
 
-def _installation(needed: tuple[_Needed, ...]) -> Availability:
+def _installation(needed: tuple[_Needed, ...], machine: Machine) -> Availability:
     """Whether all that is needed is installed, and new enough."""
     for need in needed:
-        found = installed(need.distribution)
+        found = installed(need.distribution, machine)
         if found is None:
             reason = f"{need.distribution} is not installed"
             return Availability(usable=False, reason=reason, remedy='pip install "qwenft[cuda]"')

@@ -129,7 +129,7 @@ class FlashAttention(AttentionBackend):
         release = RELEASES[self.version]
         if (reason := unsupported_gpu(machine, release.gpus)) is not None:
             return Availability(usable=False, reason=reason)
-        found = installed(release.distribution)
+        found = installed(release.distribution, machine)
         if found is None:
             return Availability(
                 usable=False, reason=f"{release.distribution} is not installed", remedy=release.install

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import TYPE_CHECKING
 
 from qwenft.backends.requirements import before_ampere
@@ -48,7 +47,7 @@ class FlexAttention(AttentionBackend):
         # Torch compiles no bfloat16 for older GPUs, and its blocks for 256 head dims do not fit into them.
         if (reason := before_ampere(machine)) is not None:
             return Availability(usable=False, reason=reason)
-        if importlib.util.find_spec("triton") is None:
+        if machine.version_of("triton") is None:
             reason = "torch compiles it with Triton, which is not installed"
             return Availability(usable=False, reason=reason, remedy="pip install triton")
         return Availability(usable=True)

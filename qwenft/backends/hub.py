@@ -124,7 +124,7 @@ class HubAttention(AttentionBackend):
             return Availability(usable=False, reason="it needs an NVIDIA GPU")
         if self.name in KNOWN and (reason := unsupported_gpu(machine, KNOWN[self.name])) is not None:
             return Availability(usable=False, reason=reason)
-        found = installed("kernels")
+        found = installed("kernels", machine)
         if found is None:
             return Availability(usable=False, reason="kernels is not installed", remedy="pip install kernels")
         if found < Version(OLDEST_KERNELS):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from typing import TYPE_CHECKING
 
 import attrs
@@ -39,15 +38,10 @@ class Support:
         return ", ".join([f"multiples of {self.step} up to {self.head_dim}", *map(str, self.also)])
 
 
-def installed(distribution: str) -> Version | None:
-    """The version of an installed distribution, or None.
-
-    Asked of its metadata: 2 and 4 share the folder `flash_attn`, and a folder of the user's may bear any name.
-    """
-    try:
-        return Version(importlib.metadata.version(distribution))
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def installed(distribution: str, machine: Machine) -> Version | None:
+    """The version of a distribution that is installed on a machine, or None."""
+    found = machine.version_of(distribution)
+    return None if found is None else Version(found)
 
 
 def before_ampere(machine: Machine) -> str | None:

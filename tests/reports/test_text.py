@@ -106,7 +106,7 @@ def test_memory_levers_are_told():
     text = Recipe(ModelSpec("qwen3.5-27b"), training=training).compile(GPU).explain()
     assert "activations one layer in 2 computed again in backward, its input kept on the host until then" in text
     assert "adamw in backward, " in text
-    assert "; embeddings of 2.4 GiB on the host" in text
+    assert "; 2.4 GiB more on the host" in text
     kept = Recipe(ModelSpec("qwen3.5-27b"), training=TrainingSpec(activation_checkpointing=False))
     assert "activations kept for backward" in kept.compile(GPU).explain()
     assert "every layer computed again in backward, its input kept\n" in Recipe(kept.model).compile(GPU).explain()

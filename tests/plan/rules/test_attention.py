@@ -141,7 +141,7 @@ def test_head_dim_256_is_refused_by_name_where_a_version_cannot(monkeypatch):
     """The message says the head dim, what is taken, and on which GPUs."""
     from packaging.version import Version
 
-    monkeypatch.setattr("qwenft.backends.flash.installed", lambda _: Version("99"))
+    monkeypatch.setattr("qwenft.backends.flash.installed", lambda *_: Version("99"))
     consumer = Machine.named("RTX5090")
     message = one(recipe().with_attention(full="flash_attention_4"), "attention.full", machine=consumer)
     assert "flash_attention_4 cannot: head dim 256: it takes multiples of 32 up to 128" in message
@@ -170,8 +170,8 @@ def test_auto_takes_what_is_best_on_a_gpu(monkeypatch):
     """With the packages at hand "auto" takes flash attention for the GPU it is for, and FLA."""
     from packaging.version import Version
 
-    monkeypatch.setattr("qwenft.backends.flash.installed", lambda _: Version("99"))
-    monkeypatch.setattr("qwenft.backends.fla.installed", lambda _: Version("99"))
+    monkeypatch.setattr("qwenft.backends.flash.installed", lambda *_: Version("99"))
+    monkeypatch.setattr("qwenft.backends.fla.installed", lambda *_: Version("99"))
     for machine, full in (("H100-80GB", "flash_attention_3"), ("A100-80GB", "flash_attention_2")):
         chosen = recipe(data=DATA.pack()).compile(Machine.named(machine), strict=False).draft.backends
         assert {slot: backend.name for slot, backend in chosen.items()} == {"full": full, "linear": "fla"}
