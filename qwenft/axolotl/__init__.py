@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwenft.axolotl.adapter import read_adapter
 from qwenft.axolotl.config import Config, read_yaml
@@ -13,6 +13,7 @@ from qwenft.axolotl.model import read_attention, read_base, read_parallel
 from qwenft.axolotl.training import read_training
 from qwenft.errors import SpecError
 from qwenft.recipe import Recipe
+from qwenft.specs.adapter import AdapterSpec
 
 if TYPE_CHECKING:
     import os
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 def from_axolotl(path: str | os.PathLike[str], *, processes: int = 1) -> Recipe:
     """Read a configuration of axolotl for this family as a recipe.
 
-    What would change a result and is not offered here is refused, all of it at once, as are keys that are not known.
-    What has no effect here is listed in the recipe's ``notes``, each key with the reason, and plans show them.
+    What would change a result and is not offered here is refused, all of it at once, and so are keys that are not
+    known. What has no effect here is listed in the recipe's ``notes``, each key with the reason, and plans show them.
     Nothing is downloaded and no code of the file is run; paths are relative to the working directory, as there.
 
     Args:
@@ -47,27 +48,17 @@ def from_axolotl(path: str | os.PathLike[str], *, processes: int = 1) -> Recipe:
             got=processes,
         )
     config = Config(read_yaml(path), CONFIG)
-    attention = config.attempt("attn_implementation", lambda: read_attention(config))
-    parallel = config.attempt("fsdp_config", lambda: read_parallel(config, processes))
-    data = config.attempt("datasets", lambda: read_data(config))
+    specs: dict[str, Any] = {
+        "attention": config.attempt("attn_implementation", lambda: read_attention(config)),
+        "parallel": config.attempt("fsdp_config", lambda: read_parallel(config, processes)),
+        "data": config.attempt("datasets", lambda: read_data(config)),
+    }
     base = config.attempt("base_model", lambda: read_base(config))
-    # Which modules there are to adapt, and whether the head is trained, the model decides.
-    adapter = base and config.attempt("adapter", lambda: read_adapter(config, base))
-    training = (
-        base and adapter and config.attempt("training", lambda: read_training(config, base, adapter, processes))
-    )
+    if base is not None:
+        # Which modules there are to adapt, and whether the head is trained, the model decides.
+        adapter = config.attempt("adapter", lambda: read_adapter(config, base)) or AdapterSpec.lora()
+        training = config.attempt("training", lambda: read_training(config, base, adapter, processes))
+        specs |= {"adapter": adapter, "training": training}
     config.raise_problems(path)
     assert base is not None
-    assert adapter is not None
-    assert attention is not None
-    assert training is not None
-    assert parallel is not None
-    return Recipe(
-        base.model,
-        data=data,
-        adapter=adapter,
-        attention=attention,
-        training=training,
-        parallel=parallel,
-        notes=tuple(config.notes),
-    )
+    return Recipe(base.model, **specs, notes=tuple(config.notes))

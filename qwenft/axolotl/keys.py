@@ -110,6 +110,7 @@ _NO_EFFECT: dict[str, str] = {
         is_mistral_derived_model is_qwen_derived_model
         """,
     ),
+    **_all("a checkpoint has one format, which any number of processes reads", "fsdp_final_state_dict_type"),
     **_all("products of float32 are not rounded to TF32", "tf32"),
     **_all("the model computes in bfloat16 wherever the device does", "bfloat16"),
     **_all("embeddings and output head stay tied where they are", "peft_ensure_weight_tying"),

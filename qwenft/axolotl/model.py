@@ -105,8 +105,9 @@ def _quantized(config: Config, model: ModelSpec, loaded: Architecture) -> ModelS
     options = config.inside("bnb_config_kwargs", BITSANDBYTES)
     if config.get("quantize_moe_experts") and not few_bits:
         config.refuse("quantize_moe_experts", "nothing is quantized", "load_in_4bit: true, or leave it out")
-    if len(few_bits) == 2:
+    if len(few_bits) > 1:
         config.refuse("load_in_8bit", "weights are held in 4 bits or in 8", "load_in_8bit: false")
+        return model
     if not few_bits:
         if config.get("adapter") == "qlora":
             config.refuse("adapter", "load_in_4bit is not true", "load_in_4bit: true, or adapter: lora")

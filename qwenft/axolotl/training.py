@@ -110,9 +110,10 @@ def _schedule(config: Config) -> dict[str, Any]:
     if name not in _SCHEDULES:
         config.refuse("lr_scheduler", "is not offered", f"lr_scheduler: {', '.join(_SCHEDULES)}")
         return {}
-    options: dict[str, Any] = {"schedule": _SCHEDULES[name], "warmup_ratio": _warmup(config)}
+    # The constant rate of transformers has no warmup.
+    warmup = 0.0 if name == "constant" else _warmup(config)
+    options: dict[str, Any] = {"schedule": _SCHEDULES[name], "warmup_ratio": warmup}
     if name == "constant":
-        options["warmup_ratio"] = 0.0  # as in transformers, whose constant rate has no warmup
         for key in ("warmup_ratio", "warmup_steps"):
             if config.has(key):
                 config.note(key, "a constant rate has no warmup; lr_scheduler: constant_with_warmup has one")
