@@ -620,6 +620,10 @@ REFUSED = [
     ({"lora_target_modules": None}, "lora_target_modules: is missing"),
     ({"lora_target_modules": ["q_prj"]}, r"lora_target_modules: .*'q_prj' names nothing"),
     ({"lora_target_modules": ["gate_up_proj"], **SPARSE}, "'gate_up_proj' names nothing"),
+    (
+        {"processor_type": "AutoProcessor", "lora_target_modules": ["proj"]},
+        r"'proj' names patch_embed\.proj, which LoRA does not reach here",
+    ),
     ({"lora_target_modules": ["conv1d"]}, r"'conv1d' names linear_attn\.conv1d, which LoRA does not reach here"),
     (
         {"lora_target_modules": ["3.self_attn.q_proj"]},
@@ -766,6 +770,12 @@ def test_a_key_without_a_value_is_known_or_not_all_the_same(read):
             "lora_alpha: 32: what the adapter in lora_model_dir adapts, and how, its files say",
         ),
         ({"lora_target_modules": ["q_proj", "qkv"]}, "'qkv' is in the vision tower, which is not loaded"),
+        ({"lora_target_modules": ["q_proj", "proj"]}, "'proj' is in the vision tower, which is not loaded"),
+        (
+            {**FULL, "unfrozen_parameters": ["model.language_model", "model.visual"]},
+            "model.visual is in the vision tower, which is not loaded",
+        ),
+        ({"fsdp_version": 2}, "fsdp_version: 2: without fsdp_config nothing is shared out"),
         ({"lora_target_linear": True}, "lora_target_linear: true: every linear layer but lm_head"),
         ({"evals_per_epoch": 4}, "evals_per_epoch: 4: nothing is held out"),
         ({"saves_per_epoch": 1}, "saves_per_epoch: 1: how many steps there are is known when the data are read"),

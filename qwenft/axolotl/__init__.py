@@ -23,7 +23,7 @@ def from_axolotl(path: str | os.PathLike[str], *, processes: int = 1) -> Recipe:
     """Read a configuration of axolotl for this family as a recipe.
 
     What would change a result and is not offered here is refused, all of it at once, and so are keys that are not
-    known. What has no effect here is listed in the recipe's ``notes``, each key with the reason, and plans show them.
+    known. What has no effect here is in the recipe's ``notes``, each key with the reason, and plans show them.
     Nothing is downloaded and no code of the file is run; paths are relative to the working directory, as there.
 
     Args:

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
     from qwenft.axolotl.config import Config
     from qwenft.axolotl.model import Base
+    from qwenft.family.architectures import Architecture
     from qwenft.family.inventory import Weight
+
+_UNUSED = "in the vision tower, which is not loaded: without images it learns nothing"
 
 
 def read_adapter(config: Config, base: Base) -> AdapterSpec:
@@ -61,19 +64,20 @@ def _full(config: Config, base: Base) -> AdapterSpec:
 def _unfrozen(config: Config, base: Base) -> tuple[str, ...]:
     """The roles that patterns select as a whole, which a name matches from its beginning, dots being dots."""
     found: set[str] = set()
-    names = _names_by_role(base)
-    everything = [name for of_role in names.values() for name in of_role]
+    names = _names_by_role(base, base.loaded)
+    everything = set().union(*_names_by_role(base, base.checkpoint).values())
+    loaded = set().union(*names.values())
     for pattern in config.get("unfrozen_parameters", ()):
         if re.search(r"\[\d*(:\d*)?\]$", pattern):
-            config.refuse(
-                "unfrozen_parameters", f"{pattern} is a part of a parameter", "peft_trainable_token_indices"
-            )
+            config.refuse("unfrozen_parameters", f"{pattern} is a part of a parameter", "patterns of whole ones")
             continue
         compiled = _compiled(config, "unfrozen_parameters", re.sub(r"\.(?!\+)", r"\.", pattern))
-        if compiled is not None and not any(map(compiled.match, everything)):
+        matched = {name for name in everything if compiled is None or compiled.match(name)}
+        if not matched:
             config.refuse("unfrozen_parameters", f"{pattern} matches no parameter", "model.language_model.layers")
-        elif compiled is not None:
-            found |= {name for name in everything if compiled.match(name)}
+        elif not matched & loaded:
+            config.note("unfrozen_parameters", f"{pattern} is {_UNUSED}")
+        found |= matched
     roles = tuple(role for role, of_role in names.items() if of_role <= found)
     partly = {role for role, of_role in names.items() if of_role & found and role not in roles}
     if partly:
@@ -86,9 +90,9 @@ def _unfrozen(config: Config, base: Base) -> tuple[str, ...]:
     return roles
 
 
-def _names_by_role(base: Base) -> dict[str, set[str]]:
-    names: dict[str, set[str]] = {role: set() for role in roles_of(base.loaded)}
-    for weight in inventory(base.loaded):
+def _names_by_role(base: Base, part: Architecture) -> dict[str, set[str]]:
+    names: dict[str, set[str]] = {role: set() for role in roles_of(part)}
+    for weight in inventory(part):
         names[weight.role] |= set(weight.names(text_only=base.checkpoint.is_text_only))
     return names
 
@@ -182,9 +186,10 @@ def _named(config: Config, key: str, target: str, base: Base, found: Callable[[s
         if count:
             hits.append((weight, count == len(names)))
     reached = [weight for weight, _ in hits if weight.lora_target == kind]
-    loaded = [weight for weight in reached if weight.half == "text" or not base.loaded.is_text_only]
+    halves = ("text",) if base.loaded.is_text_only else ("text", "vision")
+    loaded = [weight for weight in reached if weight.half in halves]
     modules = {weight.module for weight in reached}
-    others = [w.module_suffix for w, _ in hits if w.module not in modules]
+    others = [w.module_suffix for w, _ in hits if w.module not in modules and w.half in halves]
     if not reached or others:
         known = sorted({w.lora_name for w in inventory(base.checkpoint) if w.lora_target == kind})
         what = (

@@ -75,7 +75,7 @@ class Config:
             self._take(key, value, keys)
 
     def _take(self, key: str, value: Any, keys: Keys) -> None:
-        if key not in set(keys):
+        if key not in keys:
             self.problems.append(
                 error(f"{self.place}{key}", f"is not known{nearest(key, keys)}", "leave it out, or its right name")
             )

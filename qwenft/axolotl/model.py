@@ -174,6 +174,8 @@ def read_parallel(config: Config, processes: int) -> ParallelSpec:
         ):
             config.refuse("fsdp", f"{word} is not offered", "fsdp_version: 2 and fsdp_config")
     if not words and not config.has("fsdp_config"):
+        if config.has("fsdp_version"):
+            config.note("fsdp_version", "without fsdp_config nothing is shared out")
         return ParallelSpec.single() if processes == 1 else ParallelSpec.ddp()
     _version(config, sharding)
     strategy = str(sharding.get("sharding_strategy", next(_strategies(words), "FULL_SHARD"))).upper()
