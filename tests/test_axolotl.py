@@ -16,6 +16,7 @@ from qwenft.plan.coverage import coverage, trained_weights
 
 CCE = "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+EMBEDDINGS = "model.language_model.embed_tokens"
 H100S = qf.Machine.named("8xH100-80GB")
 
 DENSE_QLORA = """
@@ -417,6 +418,10 @@ def test_a_plan_shows_the_notes(read):
             MEANT.with_model(vision=True).with_data(MEANT.data.with_images(max_pixels=1000)),
         ),
         (
+            {"adapter": "qlora", "load_in_4bit": True, "processor_type": "AutoProcessor"},
+            MEANT.with_model(MEANT.model.with_vision().quantize("nf4", vision=True)),
+        ),
+        (
             {"lora_target_modules": ["q_proj", "v_proj"]},
             MEANT.with_adapter(
                 qf.AdapterSpec.lora().on().with_target_modules("self_attn.q_proj", "self_attn.v_proj")
@@ -449,6 +454,10 @@ def test_a_plan_shows_the_notes(read):
         (
             {"lora_modules_to_save": ["lm_head", "embed_tokens"]},
             MEANT.with_adapter(copied=("embeddings", "lm_head")),
+        ),
+        (
+            {"lora_target_modules": [*ATTENTION, "lm_head"], "lora_modules_to_save": ["lm_head"]},
+            MEANT.with_adapter(copied=("lm_head",)),
         ),
         (
             {"peft_trainable_token_indices": {"embed_tokens": [5, 4], "lm_head": [5, 4]}},
@@ -501,6 +510,14 @@ def test_a_plan_shows_the_notes(read):
         ),
         ({"label_smoothing_factor": 0.1, "plugins": [CCE]}, MEANT.with_training(label_smoothing=0.1)),
         ({"plugins": [CCE], "cut_cross_entropy": False}, MEANT),
+        (
+            {**FULL, "unfrozen_parameters": [EMBEDDINGS], "plugins": [CCE]},
+            MEANT.with_adapter(qf.AdapterSpec.full().on("embeddings")).with_training(loss="cce"),
+        ),
+        (
+            {**FULL, "unfrozen_parameters": [EMBEDDINGS], "plugins": [CCE], "base_model": "Qwen/Qwen3.5-4B"},
+            MEANT.with_model(source="Qwen/Qwen3.5-4B").with_adapter(qf.AdapterSpec.full().on("embeddings")),
+        ),
         ({"chunked_cross_entropy": True}, MEANT.with_training(loss="chunked")),
         (
             {**SPARSE, "model_config": {"output_router_logits": True}},
@@ -641,6 +658,7 @@ REFUSED = [
         {**FULL, "unfrozen_parameters": ["model.language_model.layers"]},
         r"of norms the patterns match a part\n     Fix: patterns of whole roles, here full_attention",
     ),
+    ({**FULL, "unfrozen_parameters": ["model.language.model"]}, "model.language.model matches no parameter"),
     ({**FULL, "unfrozen_parameters": ["transformer.h"]}, "transformer.h matches no parameter"),
     ({**FULL, "unfrozen_parameters": ["lm_head.weight[:9]"]}, r"lm_head\.weight\[:9\] is a part of a parameter"),
     ({"lr_scheduler": "rex"}, "lr_scheduler: rex: is not offered"),

@@ -32,6 +32,10 @@ def read_data(config: Config) -> DataSpec | None:
     images = config.inside("processor_kwargs", IMAGES).values
     data = _mixed(config, "datasets", images)
     held_out = _mixed(config, "test_datasets", images)
+    if config.get("excess_length_strategy") == "truncate":
+        config.note("excess_length_strategy", "a document is cut behind the last message that fits")
+    if config.get("min_sample_len", 2) > 2:
+        config.refuse("min_sample_len", "short documents are trained too", "rows without them")
     if config.get("shuffle_merged_datasets") is False:
         config.refuse("shuffle_merged_datasets", "documents are shuffled, each epoch anew", "leave it out")
     if data is None:
@@ -43,18 +47,11 @@ def read_data(config: Config) -> DataSpec | None:
 def _fitted(config: Config, data: DataSpec, length: int) -> DataSpec:
     """The data in documents of at most this length, packed where they are."""
     formats = {part.format for part, _ in data.parts}
-    strategy = config.get("excess_length_strategy", "drop")
     if formats == {"text"}:
         # axolotl cuts a completion into pieces of sequence_len before it looks for what is too long.
         data = data.with_max_length(length, overflow="split")
     else:
-        data = data.with_max_length(length, overflow=_OVERFLOWS[strategy])
-        if strategy == "truncate":
-            config.note("excess_length_strategy", "a document is cut behind the last message that fits")
-    if config.get("min_sample_len", 2) > 2:
-        config.refuse(
-            "min_sample_len", "short documents are trained too", "rows without them, and min_sample_len: 2"
-        )
+        data = data.with_max_length(length, overflow=_OVERFLOWS[config.get("excess_length_strategy", "drop")])
     return data.pack() if config.get("sample_packing") else data
 
 
