@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qwenft.axolotl import from_axolotl
     from qwenft.capabilities import AttentionBackend, LinearAttentionBackend
     from qwenft.errors import (
         BackendUnavailable,
@@ -59,6 +60,7 @@ _HOMES = {
     "SpecError": "qwenft.errors",
     "TrainingPlan": "qwenft.training_plan",
     "TrainingSpec": "qwenft.specs.training",
+    "from_axolotl": "qwenft.axolotl",
     "merge_adapter": "qwenft.merging",
 }
 _MODULES = ("backends", "family", "testing")
@@ -87,6 +89,7 @@ __all__ = [
     "TrainingPlan",
     "TrainingSpec",
     "__version__",
+    "from_axolotl",
     "merge_adapter",
 ]
 

@@ -33,6 +33,7 @@ PUBLIC = [
     "TrainingPlan",
     "TrainingSpec",
     "__version__",
+    "from_axolotl",
     "merge_adapter",
 ]
 

@@ -14,8 +14,8 @@ from qwenft.specs.data import ROLES, DataSpec
 if TYPE_CHECKING:
     from qwenft.data.sources import Row
 
-# Names of roles in ShareGPT and its descendants.
-_SHAREGPT = {
+#: Names of roles in ShareGPT and its descendants, and what they are here.
+ROLE_NAMES = {
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
@@ -198,7 +198,7 @@ def _message(row: Row, where: str, turn: Any, *, role: str, content: str) -> dic
     if not isinstance(turn, Mapping):
         raise row.error(f"{where}: expected a mapping with {role} and {content}, got {turn!r:.60}", EXAMPLE)
     named = turn.get(role)
-    known = named if named in ROLES else _SHAREGPT.get(named) if isinstance(named, str) else None
+    known = named if named in ROLES else ROLE_NAMES.get(named) if isinstance(named, str) else None
     if known is None:
         raise row.error(f"{where}: expected a role of {', '.join(ROLES)}, got {named!r:.60}", EXAMPLE)
     rest = {key: value for key, value in turn.items() if value is not None and key not in {role, content}}

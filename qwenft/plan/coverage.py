@@ -72,7 +72,8 @@ def trained_weights(architecture: Architecture, adapter: AdapterSpec) -> tuple[T
     """
     weights = [found for weight in inventory(architecture) for found in _within(weight, adapter.layers)]
     if adapter.kind == "full":
-        roles = set(adapter.roles or roles_of(architecture)) - set(adapter.frozen)
+        asked = roles_of(architecture) if adapter.roles is None else adapter.roles
+        roles = set(asked) - set(adapter.frozen)
         kept = [w for w in weights if w.role in roles and (w.is_norm_or_bias or not adapter.norms_and_biases)]
         return tuple(TrainedWeight(w, "itself", (w.size,)) for w in kept)
     return (
@@ -96,7 +97,8 @@ def _within(weight: Weight, layers: tuple[int, ...]) -> Iterator[Weight]:
 
 def _adapted(weights: Iterable[Weight], architecture: Architecture, adapter: AdapterSpec) -> Iterator[Weight]:
     """What gets a LoRA pair; a weight that is trained in full gets none beside it."""
-    roles = set(adapter.roles or default_adapter_roles(architecture)) - set(adapter.copied)
+    asked = default_adapter_roles(architecture) if adapter.roles is None else adapter.roles
+    roles = set(asked) - set(adapter.copied)
     for weight in weights:
         if weight.lora_target is not None and (weight.role in roles or _is_named(weight, adapter)):
             yield weight

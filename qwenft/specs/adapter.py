@@ -20,6 +20,10 @@ def _are_roles(value: Any) -> bool:
     return isinstance(value, tuple) and all(role in ROLES for role in value)
 
 
+def _are_roles_or_none(value: Any) -> bool:
+    return value is None or _are_roles(value)
+
+
 def _is_of_role(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and value[0] in ROLES
 
@@ -62,7 +66,7 @@ class AdapterSpec:
         dropout: of the LoRA input, in training.
         rslora: scale by alpha / sqrt(rank) instead (arXiv:2312.03732).
         dora: train magnitude and direction apart (arXiv:2402.09353).
-        roles: what is adapted or trained; empty for the default.
+        roles: what is adapted or trained; None for the default, and none where empty.
         frozen: roles that full fine-tuning leaves alone.
         ranks: (role, rank) pairs.
         alphas: (role, alpha) pairs.
@@ -110,8 +114,10 @@ class AdapterSpec:
     )
     rslora: bool = attrs.field(default=False, kw_only=True, validator=flag("AdapterSpec.lora(rslora=True)"))
     dora: bool = attrs.field(default=False, kw_only=True, validator=flag("AdapterSpec.lora(dora=True)"))
-    roles: tuple[str, ...] = attrs.field(
-        default=(), kw_only=True, validator=Check(_are_roles, "roles of the family", '.on("mlp")')
+    roles: tuple[str, ...] | None = attrs.field(
+        default=None,
+        kw_only=True,
+        validator=Check(_are_roles_or_none, "roles of the family or None", '.on("mlp")'),
     )
     frozen: tuple[str, ...] = attrs.field(
         default=(), kw_only=True, validator=Check(_are_roles, "roles of the family", '.freeze("embeddings")')
@@ -199,7 +205,10 @@ class AdapterSpec:
         return cls(kind="full")
 
     def on(self, *roles: str) -> AdapterSpec:
-        """Adapt (or, in full fine-tuning, train) these roles and no others."""
+        """Adapt (or, in full fine-tuning, train) these roles and no others.
+
+        Without any, an adapter reaches what :meth:`with_target_modules` and :meth:`with_target_parameters` name.
+        """
         return attrs.evolve(self, roles=known_roles(roles, "AdapterSpec.on"))
 
     def freeze(self, *roles: str) -> AdapterSpec:

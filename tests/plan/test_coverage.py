@@ -80,6 +80,13 @@ def test_targets_are_added_to_the_roles():
     assert router.parameters > 0
 
 
+def test_targets_can_be_all_that_is_adapted():
+    """With no role at all the named modules and parameters are adapted, and the default roles are not."""
+    adapter = LORA.on().with_target_modules("q_proj", "v_proj")
+    reached = {e.weight.module for e in trained_weights(DENSE, adapter)}
+    assert reached == {"self_attn.q_proj", "self_attn.v_proj"}
+
+
 def test_full_fine_tuning_trains_the_weights_themselves():
     """Each parameter of the trained roles counts once, and frozen roles count none."""
     for row in coverage(DENSE, trained_weights(DENSE, AdapterSpec.full().freeze("embeddings", "norms"))):

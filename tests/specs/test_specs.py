@@ -68,6 +68,7 @@ def test_no_method_has_the_name_of_a_field_of_any_spec(cls):
         (MODEL, lambda s: s.with_vision(), "vision", True),
         (MODEL, lambda s: s.with_dtype("float32"), "dtype", "float32"),
         (AdapterSpec.lora(), lambda s: s.on("mlp", "router", "mlp"), "roles", ("mlp", "router")),
+        (AdapterSpec.lora(), lambda s: s.on(), "roles", ()),
         (AdapterSpec.full(), lambda s: s.freeze("embeddings"), "frozen", ("embeddings",)),
         (AdapterSpec.full(), lambda s: s.train_mtp(), "mtp_weight", 0.3),
         (AdapterSpec.full().train_mtp(), lambda s: s.train_mtp(weight=0), "mtp_weight", 0),
@@ -288,7 +289,7 @@ ILL_TYPED = [
     (AdapterSpec, "dropout", "a number of at least 0 and below 1", [-0.1, 1.0, None, *NOT_NUMBER]),
     (AdapterSpec, "rslora", "True or False", NOT_FLAG),
     (AdapterSpec, "dora", "True or False", NOT_FLAG),
-    (AdapterSpec, "roles", "roles of the family", ["mlp", ["mlp"], ("mpl",), (1,), None, 5]),
+    (AdapterSpec, "roles", "roles of the family or None", ["mlp", ["mlp"], ("mpl",), (1,), 5]),
     (AdapterSpec, "frozen", "roles of the family", ["mlp", ["mlp"], ("mpl",), (1,), None, 5]),
     (
         AdapterSpec,

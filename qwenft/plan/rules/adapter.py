@@ -60,7 +60,7 @@ def roles_exist(draft: Draft) -> Iterator[Finding]:
     present = roles_of(draft.architecture)
     kind = "mixture of experts" if draft.architecture.is_moe else "dense"
     for method, field in _NAMED.items():
-        for named in getattr(draft.adapter, field):
+        for named in getattr(draft.adapter, field) or ():
             role = named if isinstance(named, str) else named[0]
             if role in present:
                 continue
@@ -104,7 +104,7 @@ def adapter_fields(draft: Draft) -> Iterator[Finding]:
             if role in present and role not in paired:
                 yield error(f"adapter.{method}", f'"{role}" has {noun} but is not adapted', f'.on(..., "{role}")')
     for role in adapter.copied:
-        if role in adapter.roles:
+        if role in (adapter.roles or ()):
             yield error(
                 "adapter.train_fully", f'"{role}" is adapted and trained in full', "one of .on and .train_fully"
             )
@@ -135,7 +135,7 @@ def targets_match(draft: Draft) -> Iterator[Finding]:
     for row in coverage(draft.architecture, draft.trained):
         if (
             row.parameters == 0
-            and row.role in (*adapter.roles, *adapter.copied)
+            and row.role in (*(adapter.roles or ()), *adapter.copied)
             and row.role not in adapter.frozen
         ):
             if adapter.layers or adapter.norms_and_biases:
