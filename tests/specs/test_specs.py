@@ -466,6 +466,7 @@ ILL_TYPED = [
     (ParallelSpec, "offload", '"cpu" or None', ["disk", True, False]),
     (ParallelSpec, "reshard_after_forward", "True or False", NOT_FLAG),
     (ParallelSpec, "hybrid", "True or False", NOT_FLAG),
+    (Recipe, "notes", "a tuple of texts", ["from a file", ["from a file"], (1,)]),
 ]
 
 
