@@ -22,6 +22,7 @@ from qwenft.plan.records import DataReport, StateBytes, state_bytes
 from qwenft.plan.rules.memory import not_simulated
 from qwenft.plan.rules.run import unsaved
 from qwenft.plan.storage import Storage, StorageRow, storage_rows
+from qwenft.plan.time import TimeReport
 from qwenft.specs.codec import Codec
 from qwenft.specs.parallel import ParallelSpec
 
@@ -39,7 +40,10 @@ if TYPE_CHECKING:
     from qwenft.specs.model import ModelSpec
     from qwenft.training.engine import Prepared
     from qwenft.training.ranks import Ranks
-    from qwenft.training.simulate import Row
+    from qwenft.training.simulate import Row, Simulated
+
+#: Tokens of a row that is simulated where a recipe has no data.
+FULL_ROW = 2048
 
 
 @attrs.define(eq=False, repr=False, slots=False)
@@ -118,26 +122,63 @@ class TrainingPlan:
         """Whether the data have been counted already."""
         return "_corpus" in self.__dict__
 
-    @cached_property
+    @property
     def memory(self) -> MemoryReport:
         """The most that a step holds at once; simulates the largest micro-batch at first use, in seconds.
 
         It is that of the data where they have been counted (:attr:`data`), and else a full row of one document of
-        which every token is trained.
+        which every token is trained: of ``max_length`` tokens, or of 2,048 where the recipe has no data.
 
         Raises:
-            PlanError: the recipe has no data, or something that is not simulated.
+            PlanError: the recipe has something that is not simulated.
         """
-        from qwenft.training.simulate import largest_rows
+        return max((step.memory for step in self._steps), key=lambda memory: memory.peak_bytes)
+
+    @property
+    def time(self) -> TimeReport:
+        """How long a step takes at least: counted as :attr:`memory` is, at the rates of the machine.
+
+        Raises:
+            PlanError: the recipe has something that is not simulated, or nothing is known of the machine's rates.
+        """
+        machine, training = self.machine, self.recipe.training
+        if not machine.bandwidth:
+            problem = f"how fast {machine.name} is is not known"
+            fix = "attrs.evolve(machine, bandwidth=..., operations=(...), link=...)"
+            raise PlanError([blocked("machine", problem, fix)])
+        step = self._steps[0]
+        row, ranks = step.memory.tokens, self.draft.ranks
+        tokens = ranks * row if training.tokens_per_step is None else max(row, training.tokens_per_step)
+        rows = tokens / ranks / row  # of each process, on average
+        return TimeReport(
+            step_seconds=rows * step.seconds + step.update_seconds,
+            update_seconds=step.update_seconds,
+            tokens=tokens,
+            operations=rows * step.operations,
+            moved=rows * step.moved,
+            sent=rows * step.sent,
+            steps=self.data.steps if self.data_is_known else None,
+        )
+
+    @property
+    def fits(self) -> bool:
+        """Whether the machine has the memory that a step needs: :attr:`memory`, with what is assumed beside it."""
+        needed = self.memory.needed_bytes
+        if self.machine.device == "cpu":
+            needed *= self.draft.local_ranks  # they share the host's memory
+        return needed <= self.machine.memory_bytes
+
+    @cached_property
+    def _steps(self) -> tuple[Simulated, ...]:
+        """Simulated steps: on the longest row, and on the one with most patches where that is another."""
+        from qwenft.training.simulate import Row, largest_rows
 
         data = self.recipe.data
-        if data is None:
-            raise PlanError([error("data", "what a step holds depends on its tokens", "plan.memory_of([2048])")])
-        if self.data_is_known and data.window is None:
-            reports = [self._simulated(row) for row in largest_rows(self._corpus.train)]
-            return max(reports, key=lambda report: report.peak_bytes)
-        tokens = data.row_tokens or data.max_length
-        return self.memory_of([tokens], accumulates=(self.recipe.training.tokens_per_step or 0) >= 2 * tokens)
+        if data is not None and self.data_is_known and data.window is None:
+            return tuple(map(self._simulated, largest_rows(self._corpus.train)))
+        tokens = FULL_ROW if data is None else data.row_tokens or data.max_length
+        several = (self.recipe.training.tokens_per_step or 0) >= 2 * tokens * self.draft.ranks
+        return (self._simulated(Row((tokens,), tokens, several)),)
 
     def memory_of(
         self, lengths: Sequence[int], *, supervised: int | None = None, accumulates: bool = False
@@ -155,9 +196,9 @@ class TrainingPlan:
         from qwenft.training.simulate import Row
 
         trained = sum(lengths) if supervised is None else supervised
-        return self._simulated(Row(tuple(lengths), trained, accumulates))
+        return self._simulated(Row(tuple(lengths), trained, accumulates)).memory
 
-    def _simulated(self, row: Row) -> MemoryReport:
+    def _simulated(self, row: Row) -> Simulated:
         from qwenft.training.simulate import NOT_FOLLOWED, simulate
 
         hindrances = list(not_simulated(self.draft))
@@ -177,7 +218,7 @@ class TrainingPlan:
     @property
     def memory_is_known(self) -> bool:
         """Whether the largest step has been simulated already."""
-        return "memory" in self.__dict__
+        return "_steps" in self.__dict__
 
     def explain(self) -> str:
         """The plan as text."""

@@ -9,6 +9,18 @@ import attrs
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from qwenft.machine import Machine
+
+MIB = 2**20
+#: Of a process on a GPU: CUDA's context with its loaded kernels, and cuBLAS' workspaces.
+_CONTEXT = 700 * MIB
+#: NCCL's buffers of a process.
+_COMMUNICATION = 300 * MIB
+#: Blocks of the allocator that are reserved and not in use, as a share of the live tensors.
+_RESERVED = 0.03
+#: Python with torch and transformers, of a process on a CPU.
+_INTERPRETER = 700 * MIB
+
 
 @attrs.frozen
 class LayerBytes:
@@ -37,6 +49,8 @@ class MemoryReport:
         layers: what each kind of layer keeps.
         tokens: of the micro-batch: the one of the data that takes most, or a full row where there are none.
         supervised: of these tokens.
+        assumed: bytes beside live tensors, which no simulation sees: of CUDA's context, its allocator, NCCL, or of
+            Python. Rules of thumb, and apart from the peak.
     """
 
     by_component: Mapping[str, int]
@@ -44,8 +58,26 @@ class MemoryReport:
     layers: tuple[LayerBytes, ...]
     tokens: int
     supervised: int
+    assumed: Mapping[str, int] = attrs.field(factory=dict)
 
     @property
     def peak_bytes(self) -> int:
-        """Live tensors at the peak; what CUDA's context and its allocator take is not among them."""
+        """Live tensors at the peak; what is assumed is not among them."""
         return sum(self.by_component.values())
+
+    @property
+    def needed_bytes(self) -> int:
+        """Live tensors at the peak and what is assumed beside them: what a device must have."""
+        return self.peak_bytes + sum(self.assumed.values())
+
+
+def assumed_bytes(machine: Machine, peak: int, *, ranks: int) -> dict[str, int]:
+    """What a process takes beside its live tensors, of which there are ``peak`` bytes at most.
+
+    On a GPU at hand the context and the kernels are there when the first tensor is; what is left free by others is
+    not known to a plan. These are rules of thumb, none of them measured by a plan.
+    """
+    if machine.device == "cpu":
+        return {"Python and its libraries": _INTERPRETER}
+    found = {"CUDA's context": _CONTEXT, "its allocator's reserve": round(_RESERVED * peak)}
+    return found | ({"NCCL's buffers": _COMMUNICATION} if ranks > 1 else {})

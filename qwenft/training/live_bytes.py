@@ -1,4 +1,4 @@
-"""Which storages of tensors are there when: a record of the operations of a step.
+"""Which storages of tensors are there when, and what is computed: a record of the operations of a step.
 
 A step of a deep model is a step of a shallow one of which the middle is repeated: the record is divided into
 segments, and :meth:`LiveBytes.peak` goes through some of them as often as they occur.
@@ -15,6 +15,8 @@ import attrs
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from qwenft.training.work import Work, work_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,12 +38,14 @@ class Segment:
         name: for people.
         group: neighbouring segments of one group are repeated together; None of those that occur once.
         events: numbers of storages as they come, and ``~number`` as they go.
+        work: what its operations compute and move.
     """
 
     phase: str
     name: str
     group: str | None = None
     events: list[int] = attrs.field(factory=list)
+    work: list[Work] = attrs.field(factory=list)
 
 
 @attrs.frozen
@@ -63,12 +67,14 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         segments: of the step so far.
         sizes: bytes of every storage, by its number.
+        times: of operations that stand for so many like them.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.segments = [Segment(FORWARD, "before the first layer")]
         self.sizes: list[int] = []
+        self.times = 1.0
         self._born: list[Segment] = []
         self._gone: dict[int, Segment] = {}
         self._numbers: dict[int, int] = {}  # of storages that are there, by their address
@@ -80,6 +86,8 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._see(leaf.untyped_storage())
+        if (work := work_of(func, args, kwargs or {}, result)) is not None:
+            self.add_work(work)
         if func.namespace in _OF_COLLECTIVES:
             for tensor in _written(func, args, kwargs or {}, result):
                 self.label(tensor, COLLECTIVES)
@@ -117,9 +125,16 @@ class LiveBytes(TorchDispatchMode):
         if number is not None:
             self._labels[number] = component
 
+    def add_work(self, work: Work) -> None:
+        """Count what an operation takes."""
+        self.segments[-1].work.append(
+            Work(work.dtype, self.times * work.operations, self.times * work.moved, work.sent)
+        )
+
     def begin(self, phase: str, name: str, group: str | None = None) -> None:
         """Begin a part of the step."""
         self.segments.append(Segment(phase, name, group))
+        self.times = 1.0
 
     @property
     def phase(self) -> str:
@@ -180,6 +195,11 @@ class LiveBytes(TorchDispatchMode):
         """The bytes of activations that are there behind a part of the step and were not before."""
         kept = {number: size for number, size in enumerate(self.sizes) if self._component(number) == ACTIVATIONS}
         return sum(kept.get(event, 0) if event >= 0 else -kept.get(~event, 0) for event in segment.events)
+
+    def work(self, repeats: Mapping[str, int]) -> Iterator[Work]:
+        """What all operations of the step take; ``repeats`` as for :meth:`peak`."""
+        for segment in self._unrolled(repeats):
+            yield from segment.work
 
     def _unrolled(self, repeats: Mapping[str, int]) -> Iterator[Segment]:
         for group, segments in itertools.groupby(self.segments, key=lambda segment: segment.group):

@@ -1,4 +1,4 @@
-"""The memory of a step, counted in a simulation: the modules that train, on tensors that hold nothing.
+"""Memory and work of a step, counted in a simulation: the modules that train, on tensors that hold nothing.
 
 Models are built on the meta device, and given fake tensors for parameters (torch's ``FakeTensorMode``), with which
 a step goes through all of its operations. The middle of a deep model, whose layers are alike, is simulated once.
@@ -20,18 +20,16 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
-from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from qwenft.data.stream import Batch, VisionInputs
-from qwenft.family.inventory import inventory, role_of
+from qwenft.family.inventory import role_of
 from qwenft.kernels.device import planned_on
 from qwenft.models.bind import causal_of, decoder_of
 from qwenft.models.load import model_on_meta, named_weights
-from qwenft.models.lora import base_name, unwrapped
+from qwenft.models.lora import base_name
 from qwenft.models.mtp import one_token_on
-from qwenft.models.quantize import empty_scales
-from qwenft.plan.memory import LayerBytes, MemoryReport
+from qwenft.plan.memory import LayerBytes, MemoryReport, assumed_bytes
 from qwenft.plan.records import accumulates
 from qwenft.training.in_backward import step_in_backward
 from qwenft.training.learner import Learner
@@ -39,24 +37,21 @@ from qwenft.training.live_bytes import BACKWARD, COLLECTIVES, FORWARD, HOST, LOS
 from qwenft.training.prepare import adapted
 from qwenft.training.ranks import ALONE, Ranks
 from qwenft.training.rounding import StochasticRounding
-from qwenft.training.shards import give_scales, mesh_of, share_out
-from qwenft.training.stand_ins import AttentionStandIn, HostLayout, LinearStandIn, keep_on_host, know_values
+from qwenft.training.shallow import AGAIN, give_memory, make_scales, shallow, trained_in
+from qwenft.training.shards import mesh_of, share_out
+from qwenft.training.stand_ins import AttentionStandIn, HostLayout, LinearStandIn, Mark, keep_on_host, know_values
 from qwenft.training.trained import local_of
+from qwenft.training.work import Work, seconds_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator
 
     from qwenft.data.stream import Stream
     from qwenft.family.architectures import Architecture
-    from qwenft.family.inventory import Weight
-    from qwenft.plan.coverage import TrainedWeight
     from qwenft.plan.draft import Draft, Slot
-    from qwenft.plan.storage import Storage
 
 #: What a step raises that asks a tensor for a value, or calls what torch knows no shapes of.
 NOT_FOLLOWED = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
-#: The groups of segments that are repeated, forward and backward: of the decoder's layers and the tower's blocks.
-_AGAIN = {kind: (f"middle {kind}s forward", f"middle {kind}s backward") for kind in ("layer", "block")}
 
 
 @attrs.frozen
@@ -101,42 +96,63 @@ def largest_rows(stream: Stream) -> list[Row]:
     return [longest, widest] if widest.patches > longest.patches else [longest]
 
 
-def simulate(draft: Draft, row: Row) -> MemoryReport:
-    """Count what one process holds at once in a step.
+@attrs.frozen
+class Simulated:
+    """What a step takes in a process.
+
+    Args:
+        memory: what it holds at once.
+        seconds: of forward and backward on the micro-batch, at the rates of the machine.
+        update_seconds: of what comes behind them, once a step.
+        operations: of matrix products in forward and backward.
+        moved: bytes that operations read and write in forward and backward.
+        sent: bytes of collectives.
+    """
+
+    memory: MemoryReport
+    seconds: float
+    update_seconds: float
+    operations: float
+    moved: float
+    sent: float
+
+
+def simulate(draft: Draft, row: Row) -> Simulated:
+    """Count what a step takes in one process.
 
     Args:
         draft: what is planned.
-        row: the micro-batch that takes most.
+        row: its micro-batch.
     """
-    shallow, repeats = _shallow(draft)
-    trained = _trained_in(shallow, draft)
+    few, repeats = shallow(draft)
+    trained = trained_in(few, draft)
     live = LiveBytes()
     with torch.random.fork_rng(), planned_on(draft.machine.device), _processes(draft) as ranks:
         mesh = mesh_of(draft.parallel, ranks, "cpu") if ranks.count > 1 else None
         model = adapted(
-            model_on_meta(shallow, draft.storage),
-            shallow,
+            model_on_meta(few, draft.storage),
+            few,
             adapter=draft.adapter,
             trained=trained,
             training=draft.training,
-            backends={slot.name: _followed(slot, row) for slot in draft.slots},
+            backends={slot.name: _followed(slot, row, live) for slot in draft.slots},
             compute_dtype=draft.compute_dtype,
             source=draft.model.source,
             on_meta=True,
         )
-        batch = _batch(row, shallow)
+        batch = _batch(row, few)
         following = one_token_on(batch).located() if draft.adapter.mtp_weight else None
         with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
-            _give_memory(model)
+            give_memory(model)
             if mesh is not None:
-                share_out(model, draft.parallel, mesh, named_weights(shallow), draft.storage)
-            live.ignore(_give_scales(model, shallow, draft.storage))
+                share_out(model, draft.parallel, mesh, named_weights(few), draft.storage)
+            live.ignore(make_scales(model, few, draft.storage))
             live.ignore(_inputs(batch := _faked(batch, fakes)))
         learner = Learner(
             model,
             draft.training,
             device="cpu",
-            role_of=lambda name: role_of(shallow, base_name(name)),
+            role_of=lambda name: role_of(few, base_name(name)),
             mtp_weight=draft.adapter.mtp_weight,
             ranks=ranks,
         )
@@ -147,17 +163,30 @@ def simulate(draft: Draft, row: Row) -> MemoryReport:
     start = {"weights": state.weights, "trained": state.trained, "optimizer": state.optimizer}
     start["inputs"] = sum(tensor.nbytes for tensor in _inputs(batch))
     if row.accumulates:  # those of the shallow model are in the record
-        start["gradients"] = state.gradients - draft.state_of(shallow, trained).gradients
+        start["gradients"] = state.gradients - draft.state_of(few, trained).gradients
     if draft.parallel.kind == "ddp" and draft.ranks > 1:
         start[COLLECTIVES] = state.trained  # in the buckets of DistributedDataParallel
     peaks = [live.peak(start, repeats), update.peak({**start, "gradients": 0}, {})]
     peak = max(peaks, key=lambda peak: sum(peak.by_component.values()))
-    return MemoryReport(
+    memory = MemoryReport(
         by_component=peak.by_component,
         moment=peak.segment.name,
         layers=_layers(live, draft.architecture),
         tokens=sum(row.lengths),
         supervised=row.supervised,
+        assumed=assumed_bytes(draft.machine, sum(peak.by_component.values()), ranks=draft.ranks),
+    )
+    work = list(live.work(repeats))
+    # Read and written: what is trained and the optimizer's; read: gradients.
+    behind = Work("float32", moved=2.0 * (state.trained + state.optimizer) + state.gradients)
+    buckets = Work("float32", sent=2.0 * start.get(COLLECTIVES, 0))
+    return Simulated(
+        memory,
+        seconds=seconds_of([*work, buckets], draft.machine),
+        update_seconds=seconds_of([behind], draft.machine),
+        operations=sum(each.operations for each in work),
+        moved=sum(each.moved for each in work),
+        sent=sum(each.sent for each in (*work, buckets)),
     )
 
 
@@ -172,53 +201,6 @@ def _processes(draft: Draft) -> Iterator[Ranks]:
         yield Ranks(count=draft.ranks, local_count=draft.local_ranks)
     finally:
         dist.destroy_process_group()
-
-
-def _shallow(draft: Draft) -> tuple[Architecture, dict[str, int]]:
-    """A model of three units of its layers, and how often the middle ones stand in the whole model.
-
-    A unit is what repeats: types of layers, and which of them are checkpointed. Where not all units are trained
-    alike the model is left as it is, and its middle occurs once.
-    """
-    shallow = whole = draft.architecture
-    repeats = dict.fromkeys((*_AGAIN["layer"], *_AGAIN["block"]), 1)
-    if not _is_uniform(draft):
-        return whole, repeats
-    every = draft.training.activation_checkpointing or 1
-    unit = math.lcm(_period(whole.layer_types), every)
-    units = whole.layers // unit
-    if units > 3 and whole.layers % unit == 0:
-        kinds: Any = whole.layer_types[: 3 * unit]
-        shallow = attrs.evolve(whole, layers=3 * unit, layer_types=kinds)
-        repeats |= dict.fromkeys(_AGAIN["layer"], units - 2)
-    tower = whole.vision
-    if tower is not None and tower.depth // every > 3 and tower.depth % every == 0:
-        shallow = attrs.evolve(shallow, vision=attrs.evolve(tower, depth=3 * every))
-        repeats |= dict.fromkeys(_AGAIN["block"], tower.depth // every - 2)
-    return shallow, repeats
-
-
-def _trained_in(shallow: Architecture, draft: Draft) -> tuple[TrainedWeight, ...]:
-    """What is trained of a model of fewer layers."""
-    depths = {"text": shallow.layers, "vision": 0 if shallow.vision is None else shallow.vision.depth}
-
-    def part(weight: Weight) -> Weight:
-        layers = tuple(layer for layer in weight.layers if layer < depths[weight.half])
-        return attrs.evolve(weight, layers=layers)
-
-    return tuple(attrs.evolve(entry, weight=part(entry.weight)) for entry in draft.trained)
-
-
-def _period(kinds: Sequence[str]) -> int:
-    """After how many layers their types repeat."""
-    return next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n] or n == len(kinds))
-
-
-def _is_uniform(draft: Draft) -> bool:
-    """Whether a weight that is trained in one layer is trained in all that have it."""
-    layers = {(w.half, w.module, w.parameter): w.layers for w in inventory(draft.architecture)}
-    trained = [entry.weight for entry in draft.trained]
-    return all(layers[w.half, w.module, w.parameter] == w.layers for w in trained)
 
 
 def _batch(row: Row, architecture: Architecture) -> Batch:
@@ -252,44 +234,6 @@ def _faked(batch: Batch, fakes: FakeTensorMode) -> Batch:
         vision = attrs.evolve(vision, **{name: fakes.from_tensor(getattr(vision, name)) for name in names})
     ids, labels = fakes.from_tensor(batch.input_ids), fakes.from_tensor(batch.labels)
     return attrs.evolve(batch, input_ids=ids, labels=labels, vision=vision)
-
-
-def _give_memory(model: Any) -> None:
-    """Replace every parameter, all on the meta device, by one that pretends to be on the CPU."""
-    replaced: dict[torch.Tensor, torch.nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter not in replaced:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-                fake = replaced[parameter] = torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                if parameter.grad_dtype != parameter.dtype:
-                    fake.grad_dtype = parameter.grad_dtype
-            setattr(module, name, replaced[parameter])
-
-
-def _give_scales(model: Any, architecture: Architecture, storage: Storage) -> list[Any]:
-    """Put beside every quantized weight what its dense one is made with, and return that."""
-    weights, causal = named_weights(architecture), causal_of(model)
-    kind = "SCB" if storage.kind == "int8" else "quant_state"
-    parameters = {name: parameter for name, parameter in causal.named_parameters() if unwrapped(name) in weights}
-    held: dict[str, Any] = {
-        name: empty_scales(weights[unwrapped(name)].shape, storage)
-        for name in parameters
-        if storage.is_quantized(weights[unwrapped(name)], unwrapped(name))
-    }
-    if isinstance(causal, FSDPModule):
-        give_scales(causal, [(name, kind, scales) for name, scales in held.items()])
-    else:
-        for name, scales in held.items():
-            setattr(parameters[name], kind, scales)
-    return [tensor for scales in held.values() for tensor in _tensors_of(scales)]
-
-
-def _tensors_of(held: Any) -> list[torch.Tensor]:
-    if isinstance(held, torch.Tensor):
-        return [held]
-    nested = [] if held.state2 is None else [held.state2.absmax, held.state2.code, held.offset]
-    return [held.absmax, held.code, *nested]
 
 
 def _updated(draft: Draft) -> LiveBytes:
@@ -338,7 +282,7 @@ def _step(
     if tower is not None and draft.architecture.vision is not None:
         depth = draft.architecture.vision.depth
         _mark(tower.blocks, tower.merger, "block", live, is_whole=len(tower.blocks) == depth)
-    know_values(model)
+    know_values(model, live)
     live.ignore(map(local_of, model.parameters()))
     live.ignore(model.buffers())
     for name, part in learner.trained.items():
@@ -390,7 +334,7 @@ def _mark(layers: Any, behind: Any, kind: str, live: LiveBytes, *, is_whole: boo
     """
     count = len(layers)
     middle = range(0) if is_whole else range(count // 3, 2 * count // 3)
-    forward_again, backward_again = _AGAIN[kind]
+    forward_again, backward_again = AGAIN[kind]
 
     def enter(number: int, _: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if live.phase == FORWARD:
@@ -400,7 +344,7 @@ def _mark(layers: Any, behind: Any, kind: str, live: LiveBytes, *, is_whole: boo
                 live.begin(LOSS, "loss")
             else:
                 live.begin(FORWARD, "merger")
-        return (_Mark.apply(args[0], partial(leave, number - 1)), *args[1:])
+        return (Mark.apply(args[0], partial(leave, number - 1)), *args[1:])
 
     def leave(number: int) -> None:
         live.begin(BACKWARD, f"backward, {kind} {number}", backward_again if number in middle else None)
@@ -409,7 +353,7 @@ def _mark(layers: Any, behind: Any, kind: str, live: LiveBytes, *, is_whole: boo
         module.register_forward_pre_hook(partial(enter, number))
 
 
-def _followed(slot: Slot, row: Row) -> Any:
+def _followed(slot: Slot, row: Row, live: LiveBytes) -> Any:
     """The backend of a slot, or what stands for it where its kernels cannot be followed."""
     if slot.backend.traceable:
         return slot.backend
@@ -418,21 +362,7 @@ def _followed(slot: Slot, row: Row) -> Any:
         lengths = tuple(rows * columns for frames, rows, columns in row.grids for _ in range(frames))
     problem = attrs.evolve(slot.problem, lengths=lengths)
     stand_in = LinearStandIn if slot.name == "linear" else AttentionStandIn
-    return stand_in(slot.backend.saved_tensors(problem), slot.backend.workspace(problem))
-
-
-class _Mark(torch.autograd.Function):
-    """The same tensor; calls a function when its gradient is known."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, function: Callable[[], None]) -> torch.Tensor:
-        ctx.function = function
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]  # as autograd calls it
-        ctx.function()
-        return grad, None
+    return stand_in(slot.backend, problem, live)
 
 
 def _layers(live: LiveBytes, architecture: Architecture) -> tuple[LayerBytes, ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import attrs
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
@@ -15,6 +17,7 @@ from qwenft.kernels.layout import SequenceLayout
 from qwenft.models.bind import causal_of
 from qwenft.models.precision import RoutedExperts
 from qwenft.training.live_bytes import HOST
+from qwenft.training.work import Work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from qwenft.training.live_bytes import LiveBytes
 
 T = TypeVar("T")
+_CHUNK = 64  # tokens that the gated delta rule computes together
 
 
 class HostLayout(SequenceLayout):
@@ -38,12 +42,14 @@ class AttentionStandIn(AttentionBackend):
 
     name, supports_packing, uses_flash_lib = "declared", True, False
 
-    def __init__(self, saved: Mapping[str, int], workspace: Workspace) -> None:
-        self.saved, self.space = saved, workspace
+    def __init__(self, backend: Any, problem: Any, live: LiveBytes) -> None:
+        self.held = _Held.of(backend, problem, live)
 
-    def attend(self, query: Any, key: Any, value: Any, **_: Any) -> Any:
+    def attend(self, query: Any, key: Any, value: Any, *, causal: bool = True, **_: Any) -> Any:
         """[S, H, D] of nothing."""
-        return _Declared.apply(self.saved, self.space, True, torch.empty_like(query), query, key, value)
+        pairs = sum(length**2 for length in self.held.lengths) * (0.5 if causal else 1.0)
+        products = 4.0 * query.shape[1] * query.shape[2] * pairs
+        return _Declared.apply(self.held, products, True, torch.empty_like(query), query, key, value)
 
 
 class LinearStandIn(LinearAttentionBackend):
@@ -51,42 +57,66 @@ class LinearStandIn(LinearAttentionBackend):
 
     name, supports_packing, uses_flash_lib = "declared", True, False
 
-    def __init__(self, saved: Mapping[str, int], workspace: Workspace) -> None:
-        self.saved, self.space = saved, workspace
+    def __init__(self, backend: Any, problem: Any, live: LiveBytes) -> None:
+        self.held = _Held.of(backend, problem, live)
 
     def short_conv(self, x: Any, weight: Any, bias: Any, **_: Any) -> Any:
         """[T, C] of nothing."""
         given = [tensor for tensor in (x, weight, bias) if tensor is not None]
-        return _Declared.apply({}, Workspace(), True, torch.empty_like(x), *given)
+        nothing = attrs.evolve(self.held, saved={}, space=Workspace())
+        return _Declared.apply(nothing, 0.0, True, torch.empty_like(x), *given)
 
     def delta_rule(self, query: Any, key: Any, value: Any, log_decay: Any, beta: Any, **_: Any) -> Any:
         """[T, V, E] of nothing."""
         output = torch.empty_like(value, memory_format=torch.contiguous_format)
-        return _Declared.apply(self.saved, self.space, False, output, query, key, value, log_decay, beta)
+        (_, _, key_dim), (tokens, heads, value_dim) = key.shape, value.shape
+        # In chunks: with the state 3 products [C, D] [D, E], among tokens 3 [C, C] [C, D] and 2 [C, C] [C, E].
+        each = 6 * key_dim * value_dim + 2 * _CHUNK * (3 * key_dim + 2 * value_dim)
+        given = (query, key, value, log_decay, beta)
+        return _Declared.apply(self.held, 1.0 * tokens * heads * each, False, output, *given)
+
+
+@attrs.frozen
+class _Held:
+    """What a backend declares for documents of some lengths, and where its work is counted."""
+
+    saved: Mapping[str, int]
+    space: Workspace
+    lengths: tuple[int, ...]
+    live: LiveBytes
+
+    @classmethod
+    def of(cls, backend: Any, problem: Any, live: LiveBytes) -> _Held:
+        return cls(backend.saved_tensors(problem), backend.workspace(problem), problem.lengths, live)
 
 
 class _Declared(torch.autograd.Function):
-    """Holds as many bytes as a computation is said to."""
+    """Holds as many bytes as a computation is said to; backward's products are 2.5 times those of forward."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        saved: Mapping[str, int],
-        space: Workspace,
+        held: _Held,
+        products: float,
         keeps_inputs: bool,
         output: torch.Tensor,
         *inputs: torch.Tensor,
     ) -> torch.Tensor:
-        kept = [torch.empty(count, dtype=torch.uint8) for count in saved.values()]
-        torch.empty(space.forward, dtype=torch.uint8)
+        kept = [torch.empty(count, dtype=torch.uint8) for count in held.saved.values()]
+        torch.empty(held.space.forward, dtype=torch.uint8)
         ctx.save_for_backward(*(inputs if keeps_inputs else ()), *kept)
-        ctx.space, ctx.like = space, [(tensor.shape, tensor.dtype) for tensor in inputs]
+        ctx.held, ctx.products = held, products
+        ctx.like = [(tensor.shape, tensor.dtype) for tensor in inputs]
+        ctx.moved = sum(tensor.nbytes for tensor in (output, *inputs, *kept))
+        ctx.dtype = str(output.dtype).removeprefix("torch.")
+        held.live.add_work(Work(ctx.dtype, products, ctx.moved))
         return output
 
     @staticmethod
     def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]  # as autograd calls it
         kept = ctx.saved_tensors
-        workspace = torch.empty(ctx.space.backward, dtype=torch.uint8)
+        workspace = torch.empty(ctx.held.space.backward, dtype=torch.uint8)
+        ctx.held.live.add_work(Work(ctx.dtype, 2.5 * ctx.products, 2.5 * ctx.moved))
         asked = ctx.needs_input_grad[4:]
         grads = [
             torch.empty(shape, dtype=dtype) if wanted else None
@@ -99,12 +129,39 @@ class _Declared(torch.autograd.Function):
 class _EvenlyRouted(RoutedExperts):
     """Experts that are chosen alike: as many as can be have work, and what is dense is as large as it gets."""
 
+    live: LiveBytes
+
     def forward(self, hidden_states: Any, top_k_index: Any, top_k_weights: Any, **adapters: Any) -> Any:
         each = -(-top_k_index.numel() // self.num_experts)
-        # What is made of experts is gone before the next ones: two groups of them will do.
-        busy = 2 * together_on(hidden_states, self.gate_up_proj)
+        # What is made of experts is gone before the next ones: two groups of them will do, and work for all.
+        busy = min(2 * together_on(hidden_states, self.gate_up_proj), self.num_experts)
         self.ends = [min(each * min(expert + 1, busy), top_k_index.numel()) for expert in range(self.num_experts)]
-        return super().forward(hidden_states, top_k_index, top_k_weights, **adapters)
+        alike = self.num_experts / busy
+        self._count(1.0)
+        given = Mark.apply(hidden_states, partial(self._count, 1.0))
+        self._count(alike)
+        answered = super().forward(given, top_k_index, top_k_weights, **adapters)
+        self._count(1.0)
+        return Mark.apply(answered, partial(self._count, alike))
+
+    def _count(self, times: float) -> None:
+        self.live.times = times
+
+
+class Mark(torch.autograd.Function):
+    """The same tensor; calls a function when its gradient comes by."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, function: Callable[[], None]) -> torch.Tensor:
+        """``x``, and what to call."""
+        ctx.function = function
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]  # as autograd calls it
+        """The gradient, unchanged."""
+        ctx.function()
+        return grad, None
 
 
 def _tower_of(bound: type) -> type:
@@ -136,10 +193,10 @@ def keep_on_host(model: Any, live: LiveBytes) -> None:
             module._gradient_checkpointing_func = offloaded  # noqa: SLF001 - where transformers keeps its own
 
 
-def know_values(model: Any) -> None:
-    """Tell modules what in a step they would ask tensors for."""
+def know_values(model: Any, live: LiveBytes) -> None:
+    """Tell modules what in a step they would ask tensors for, and count the work of experts that are left out."""
     for module in causal_of(model).modules():
         if type(module) is RoutedExperts:
-            module.__class__ = _EvenlyRouted
+            module.__class__, module.live = _EvenlyRouted, live
         elif hasattr(module, "of_grids"):
             module.__class__ = _tower_of(type(module))
