@@ -68,7 +68,7 @@ def compile_recipe(
     notes = [note("recipe", text) for text in recipe.notes]
     found = [*problems, *_data_problems(recipe.data), *check(draft), *notes]
     findings = tuple(sorted(found, key=lambda finding: LEVELS.index(finding.level)))
-    plan = TrainingPlan(recipe=recipe, draft=draft, findings=findings)
+    plan = TrainingPlan(recipe=recipe, draft=draft, found=findings)
     errors = [finding for finding in findings if finding.level == "error"]
     if strict and errors:
         raise PlanError(errors)

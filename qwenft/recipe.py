@@ -122,6 +122,24 @@ class Recipe:
 
         return compile_recipe(self, machine, strict=strict)
 
+    def fit(self, machine: Machine | None = None) -> Recipe:
+        """The fastest recipe like this one that fits a machine; its ``notes`` say what was changed, with bytes.
+
+        Levers are tried in simulation, which takes a minute for a large model: those that leave results as they
+        are (checkpointing, offloading, embeddings on the host, more processes) before those that do not (moments
+        in 8 bits, the update in backward, 4 bits, shorter rows). A recipe without data is taken to have rows of
+        2,048 tokens.
+
+        Args:
+            machine: what it is to fit; this machine where None.
+
+        Raises:
+            PlanError: nothing makes it fit, and by how much; or it has errors, or something not simulated.
+        """
+        from qwenft.fit import fit
+
+        return fit(self, machine)
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the recipe as JSON; rows in memory go beside it as ``data-<hash>.jsonl``.
 

@@ -321,6 +321,8 @@ def launch(
 
     plan.require_runnable()
     plan = plan.for_processes(processes)
+    _ = plan.data
+    plan.require_fit()
     folder = RunFolder(path)
     _continues(folder, resume)
     with TemporaryDirectory(prefix="qwenft-") as place:
@@ -363,6 +365,8 @@ def _begin(plan: TrainingPlan, path: Path, resume: str) -> tuple[RunFolder, Prep
     continues = ranks.by_first(lambda: _continues(folder, resume))
     plan.require_runnable()
     _ = plan.data
+    if ranks.count == 1:  # else who launched them has asked
+        plan.require_fit()
     ranks.require_equal(plan.identity, "trains something else")
     if continues:
         fix = f'the recipe of the run, Recipe.load("{path}/recipe.json"), or another folder, "{path}-2" say'

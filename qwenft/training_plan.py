@@ -17,7 +17,7 @@ from qwenft.family.inventory import role_of
 from qwenft.models.adapter import TENSORS, Adapter
 from qwenft.models.checkpoint import checkpoint_folder
 from qwenft.plan.coverage import CoverageRow, coverage
-from qwenft.plan.findings import Finding, blocked, error
+from qwenft.plan.findings import LEVELS, Finding, blocked, error
 from qwenft.plan.records import DataReport, StateBytes, state_bytes
 from qwenft.plan.rules.memory import not_simulated
 from qwenft.plan.rules.run import unsaved
@@ -53,12 +53,28 @@ class TrainingPlan:
     Args:
         recipe: what was asked.
         draft: what it was resolved to.
-        findings: all that the rules found: errors first, then what blocks it here, then what is worth knowing.
+        found: all that the rules found: errors first, then what blocks it here, then what is worth knowing.
     """
 
     recipe: Recipe
     draft: Draft
-    findings: tuple[Finding, ...]
+    found: tuple[Finding, ...]
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """All that was found: errors first, then what blocks it here, then what is worth knowing.
+
+        Where :attr:`memory` is known and the plan does not fit, what would help is tried at first use.
+        """
+        if not self.memory_is_known or self.fits:
+            return self.found
+        return tuple(sorted((self._too_large, *self.found), key=lambda finding: LEVELS.index(finding.level)))
+
+    @cached_property
+    def _too_large(self) -> Finding:
+        from qwenft.fit import too_large
+
+        return too_large(self)
 
     @property
     def architecture(self) -> Any:
@@ -163,10 +179,12 @@ class TrainingPlan:
     @property
     def fits(self) -> bool:
         """Whether the machine has the memory that a step needs: :attr:`memory`, with what is assumed beside it."""
-        needed = self.memory.needed_bytes
-        if self.machine.device == "cpu":
-            needed *= self.draft.local_ranks  # they share the host's memory
-        return needed <= self.machine.memory_bytes
+        return self.memory.needed_bytes <= self.memory_limit
+
+    @property
+    def memory_limit(self) -> int:
+        """Bytes that a process may use: of a GPU its memory, of a CPU its part of the host's."""
+        return self.machine.memory_bytes // (self.draft.local_ranks if self.machine.device == "cpu" else 1)
 
     @cached_property
     def _steps(self) -> tuple[Simulated, ...]:
@@ -202,6 +220,9 @@ class TrainingPlan:
         from qwenft.training.simulate import NOT_FOLLOWED, simulate
 
         hindrances = list(not_simulated(self.draft))
+        if self.draft.shards > 1 and "ranks" in self.__dict__:
+            problem = "this process has met those that share the run, and a simulation has processes of its own"
+            hindrances.append(blocked("parallel", problem, "plan.memory before plan.prepare()"))
         if hindrances:
             raise PlanError(hindrances, subject="before this can be simulated")
         try:
@@ -565,9 +586,28 @@ class TrainingPlan:
             dtype=self.draft.compute_dtype,
         )
 
+    def require_fit(self) -> None:
+        """Raise PlanError where a step needs more memory than there is, with what would help.
+
+        A plan that could not need half of it is not simulated for this, nor one that cannot be.
+        """
+        may_not = self._upper_bound() > self.memory_limit / 2 and not any(not_simulated(self.draft))
+        if may_not and not self.fits:
+            raise PlanError([self._too_large], subject="before this can run")
+
+    def _upper_bound(self) -> int:
+        """Bytes that no step takes: 1 GiB, all state thrice, and of a layer a hundred activations a channel."""
+        architecture, data = self.draft.architecture, self.recipe.data
+        tokens = FULL_ROW if data is None else data.row_tokens or data.max_length
+        channels = architecture.layers * (100 * architecture.hidden_size + architecture.query_heads * tokens)
+        if architecture.vision is not None:  # of several patches a token
+            tower = architecture.vision
+            channels += 100 * tower.merge**2 * tower.depth * tower.hidden_size
+        return 2**30 + 3 * self.state.total + 4 * tokens * (channels + 2 * architecture.vocabulary)
+
     def require_runnable(self) -> None:
         """Raise PlanError with all that blocks the run here."""
-        hindrances = [finding for finding in self.findings if finding.level != "note"]
+        hindrances = [finding for finding in self.found if finding.level != "note"]
         if hindrances:
             raise PlanError(hindrances, subject="before this can run")
 

@@ -83,6 +83,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func.namespace == "prim":  # questions, such as where a tensor is
+            return result
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._see(leaf.untyped_storage())
@@ -128,7 +130,7 @@ class LiveBytes(TorchDispatchMode):
     def add_work(self, work: Work) -> None:
         """Count what an operation takes."""
         self.segments[-1].work.append(
-            Work(work.dtype, self.times * work.operations, self.times * work.moved, work.sent)
+            attrs.evolve(work, operations=self.times * work.operations, moved=self.times * work.moved)
         )
 
     def begin(self, phase: str, name: str, group: str | None = None) -> None:

@@ -182,6 +182,7 @@ def keep_on_host(model: Any, live: LiveBytes) -> None:
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         packed = torch.empty_like(tensor)
         live.label(packed, HOST)
+        live.add_work(Work("float32", copied=2.0 * tensor.nbytes))  # there and back
         return packed
 
     def offloaded(function: Any, *args: Any, **kwargs: Any) -> Any:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from qwenft.machine import Machine
 
 aten = torch.ops.aten
+#: Bytes a second between a device and its host, over PCIe 4.
+_TO_HOST = 25e9
 #: What only makes room.
 _EMPTY = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)
 
@@ -28,12 +30,14 @@ class Work:
         operations: floating-point operations of matrix products.
         moved: bytes of what it reads and writes.
         sent: bytes that it sends to other processes, or waits for.
+        copied: bytes from the device to the host, or back.
     """
 
     dtype: str
     operations: float = 0.0
     moved: float = 0.0
     sent: float = 0.0
+    copied: float = 0.0
 
 
 def seconds_of(work: Iterable[Work], machine: Machine) -> float:
@@ -45,7 +49,7 @@ def seconds_of(work: Iterable[Work], machine: Machine) -> float:
     computed = sent = 0.0
     for each in work:
         rate = rates.get(each.dtype, rates["float32"])
-        computed += max(each.operations / rate, each.moved / machine.bandwidth)
+        computed += max(each.operations / rate, each.moved / machine.bandwidth, each.copied / _TO_HOST)
         sent += each.sent / machine.link
     return max(computed, sent)
 
