@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         RankError,
         SpecError,
     )
+    from qwenft.known_recipes import preset, presets
     from qwenft.machine import Machine
     from qwenft.merging import merge_adapter
     from qwenft.recipe import Recipe
@@ -62,6 +63,8 @@ _HOMES = {
     "TrainingSpec": "qwenft.specs.training",
     "from_axolotl": "qwenft.axolotl",
     "merge_adapter": "qwenft.merging",
+    "preset": "qwenft.known_recipes",
+    "presets": "qwenft.known_recipes",
 }
 _MODULES = ("backends", "family", "testing")
 
@@ -91,6 +94,8 @@ __all__ = [
     "__version__",
     "from_axolotl",
     "merge_adapter",
+    "preset",
+    "presets",
 ]
 
 

@@ -35,6 +35,8 @@ PUBLIC = [
     "__version__",
     "from_axolotl",
     "merge_adapter",
+    "preset",
+    "presets",
 ]
 
 # The time is the process's own, so that other programs on the machine do not count.

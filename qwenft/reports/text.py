@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from qwenft.machine import Machine
     from qwenft.plan.records import DataReport, StateBytes
     from qwenft.run import Run
     from qwenft.specs.training import TrainingSpec
     from qwenft.training_plan import TrainingPlan
 
 BARS = " ▁▂▃▄▅▆▇█"
+_BAR = 40  # characters of the bar of memory
 _LEVELS = {"error": "error", "blocked": "blocked here", "note": "note"}
 
 
@@ -91,7 +94,7 @@ def facts(plan: TrainingPlan) -> list[tuple[str, str]]:
     method = "full fine-tuning" if recipe.adapter.kind == "full" else f"LoRA rank {draft.adapter.rank}"
     return [
         ("model", f"{draft.checkpoint.name} ({half}, {precision})"),
-        ("machine", plan.machine.name),
+        ("machine", machine_text(plan.machine)),
         *((("processes", processes_text(plan)),) if recipe.parallel.kind != "single" else ()),
         ("trained", f"{method}: {plan.trained_parameters:,} parameters {place} {held:,}"),
         ("attention", ", ".join(f"{slot.name} = {slot.backend.name}" for slot in draft.slots)),
@@ -101,6 +104,7 @@ def facts(plan: TrainingPlan) -> list[tuple[str, str]]:
         ("state", state_text(plan.state, draft.ranks)),
         ("activations", activations_text(recipe.training)),
         ("memory", memory_text(plan)),
+        *((("", bar_text(plan)), ("time", time_of_steps(plan))) if plan.memory_is_known else ()),
         ("disk", disk_text(plan)),
     ]
 
@@ -169,10 +173,55 @@ def memory_text(plan: TrainingPlan) -> str:
     memory = plan.memory
     parts = sorted(memory.by_component.items(), key=lambda part: -part[1])
     listed = ", ".join(f"{name} {bytes_text(count)}" for name, count in parts if count)
+    beside = ", ".join(f"{name} {bytes_text(count)}" for name, count in memory.assumed.items())
     return (
         f"{bytes_text(memory.peak_bytes)} of live tensors at most, in {memory.moment}, with {memory.tokens:,} "
-        f"tokens, {memory.supervised:,} of them trained: {listed}"
+        f"tokens, {memory.supervised:,} of them trained: {listed}; beside them, assumed: {beside}"
     )
+
+
+def bar_parts(plan: TrainingPlan) -> list[tuple[str, int]]:
+    """What fills the memory of a process in the largest step, the largest first; what is free comes last."""
+    memory = plan.memory
+    live = sorted(((n, count) for n, count in memory.by_component.items() if count), key=lambda part: -part[1])
+    free = max(0, plan.memory_limit - memory.needed_bytes)
+    return [*live, ("assumed", sum(memory.assumed.values())), ("free", free)]
+
+
+def bar_text(plan: TrainingPlan) -> str:
+    """The same as a bar of characters, with what is missing where it does not fit."""
+    needed, limit = plan.memory.needed_bytes, plan.memory_limit
+    whole = max(needed, limit)
+    bar, drawn, done = "", 0, 0
+    fills = itertools.cycle("█▓▒░")
+    for name, count in bar_parts(plan):
+        done += count
+        width = round(_BAR * done / whole) - drawn
+        drawn += width
+        bar += width * ({"free": " ", "assumed": "·"}.get(name) or next(fills))
+    verdict = "fits" if plan.fits else f"{bytes_text(needed - limit)} too much"
+    return f"[{bar}] {bytes_text(needed)} of {bytes_text(limit)}: {verdict}"
+
+
+def time_of_steps(plan: TrainingPlan) -> str:
+    """How long steps take, and what that counts."""
+    if not plan.machine.bandwidth:
+        return f"not estimated: how fast {plan.machine.name} is is not known"
+    found = plan.time
+    step = f"{found.step_seconds:.3g} s a step of {found.tokens:,} tokens, {found.tokens_per_second:,.0f} a second"
+    run = "" if found.run_seconds is None else f"; all {found.steps:,} steps {time_text(found.run_seconds)}"
+    return (
+        f"at least {step}{run} (a roofline: {found.operations / 1e12:,.1f} TFLOP and {bytes_text(found.moved)} "
+        "moved at the highest rates; no launches, data, evaluations or checkpoints)"
+    )
+
+
+def machine_text(machine: Machine) -> str:
+    """A machine with what is assumed to be installed there."""
+    if not machine.libraries:
+        return machine.name
+    listed = " and ".join(f"{name} {version}" for name, version in machine.libraries)
+    return f"{machine.name}, assumed to have {listed}"
 
 
 def disk_text(plan: TrainingPlan) -> str:
