@@ -61,7 +61,7 @@ def test_a_plan_says_what_it_is_for():
     text = plan.explain()
     lines = dict(line.split(None, 1) for line in text.splitlines() if line[:1].isalpha())
     assert lines["model"] == "qwen3.5-27b (text half, bfloat16)"
-    assert lines["machine"] == "8xH100-80GB"
+    assert lines["machine"] == "8xH100-80GB, assumed to have flash-linear-attention 0.6 and triton 3.7.1"
     held = sum(row.held for row in plan.coverage)
     assert lines["trained"] == f"LoRA rank 8: {plan.trained_parameters:,} parameters beside {held:,}"
     chosen = plan.draft.backends

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -131,7 +132,13 @@ def test_the_plan_tells_the_peak_when_it_is_known(dense_checkpoint):
     plan = recipe(dense_checkpoint, adapter=LORA).compile()
     assert "memory      not yet computed (plan.memory simulates a step)" in plan.explain()
     assert plan.memory.tokens == 128  # a full row, as the data have not been read
-    assert "of live tensors at most, in" in plan.explain()
+    text, page = plan.explain(), plan._repr_html_()
+    assert "of live tensors at most, in" in text
+    assert re.search(r"\[[^\]]* \] .* of .*: fits\n", text)
+    assert re.search(r"\ntime +at least .* s a step of 128 tokens, ", text)
+    widths = [float(width) for width in re.findall(r"width:([\d.]+)%", page)]
+    assert sum(widths) == pytest.approx(100, abs=0.1)
+    assert len(widths) == len([count for count in plan.memory.by_component.values() if count]) + 2
     again = recipe(dense_checkpoint, adapter=LORA).compile()
     longest = max(sum(map(len, row)) for _, step in again.prepare().corpus.train.steps() for row in step)
     assert again.memory.tokens == longest < 128
@@ -191,3 +198,51 @@ assert memory.by_component["weights"] > 180 * 2**30, memory
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0
     assert usage.ru_maxrss * 1024 < 3e9
+
+
+@pytest.mark.parametrize(
+    "parallel", [qf.ParallelSpec.fsdp2(), qf.ParallelSpec.fsdp2(offload="cpu"), qf.ParallelSpec.ddp()]
+)
+def test_a_plan_for_cards_that_are_not_here_is_simulated(parallel):
+    """Of the processes each has its part of the weights, on the device or on the host, or all of them."""
+    model = qf.ModelSpec("qwen3.5-0.8b").text_only()
+    asked = qf.Recipe(model, adapter=qf.AdapterSpec.lora(rank=8), parallel=parallel)
+    plan = asked.compile(qf.Machine.named("4xH100-80GB"), strict=False)
+    alone = asked.with_parallel(qf.ParallelSpec.single()).compile(qf.Machine.named("H100-80GB"), strict=False)
+    memory, whole = plan.memory_of([256]), alone.memory_of([256])
+    share = 0 if parallel.offload else 1 if parallel.kind == "ddp" else 1 / 4
+    frozen = whole.by_component["weights"]
+    assert memory.by_component["weights"] == pytest.approx(share * frozen, rel=0.01, abs=2e6)
+    assert memory.by_component["collectives"] > 0
+    assert memory == plan.memory_of([256])
+
+
+def test_offloaded_activations_are_on_the_host():
+    """What checkpointed layers were given is not on the device, but for the one that is computed."""
+    asked = qf.Recipe(qf.ModelSpec("qwen3.5-0.8b"), adapter=qf.AdapterSpec.lora(rank=8))
+    machine = qf.Machine.named("H100-80GB")
+    kept = asked.compile(machine, strict=False).memory_of([512])
+    offloaded = asked.with_training(activation_offloading=True).compile(machine, strict=False).memory_of([512])
+    inputs = 512 * 1024 * 2  # of a layer, in bfloat16
+    saved = kept.by_component["activations"] - offloaded.by_component["activations"]
+    assert saved >= 20 * inputs
+
+
+def test_work_is_counted_by_the_products_that_are_made():
+    """Of frozen weights under checkpointing a token takes three passes of two operations a weight."""
+    asked = qf.Recipe(qf.ModelSpec("qwen3.5-27b").quantize("nf4"), adapter=qf.AdapterSpec.lora(rank=16))
+    plan = asked.compile(qf.Machine.named("H100-80GB"), strict=False)
+    held = {row.role: row.held for row in plan.coverage}
+    passed = sum(held.values()) - held["embeddings"]
+    assert plan.time.operations == pytest.approx(6 * passed * 2048, rel=0.08)
+    assert plan.time.step_seconds > plan.time.operations / 989e12
+    assert plan.time.tokens_per_second == pytest.approx(2048 / plan.time.step_seconds)
+
+
+def test_the_experts_that_are_not_simulated_are_counted_as_work():
+    """A mixture of experts takes the operations of the experts that a token passes, whichever these are."""
+    asked = qf.Recipe(qf.ModelSpec("qwen3.5-35b-a3b").quantize("nf4"), adapter=qf.AdapterSpec.lora(rank=16))
+    plan = asked.compile(qf.Machine.named("H100-80GB"), strict=False)
+    held = {row.role: row.held for row in plan.coverage}
+    passed = sum(held.values()) - held["embeddings"] - held["routed_experts"] * (1 - 8 / 256)
+    assert plan.time.operations == pytest.approx(6 * passed * 2048, rel=0.12)
