@@ -178,7 +178,7 @@ def _tried(plan: TrainingPlan, wanted: Iterable[Lever]) -> list[Remedy]:
 
 def _speed(plan: TrainingPlan) -> float:
     """Tokens a second, as far as the machine is known."""
-    return plan.time.tokens_per_second if plan.machine.bandwidth else 1.0
+    return plan.roofline.tokens_per_second if plan.machine.bandwidth else 1.0
 
 
 def _compiled(recipe: Recipe, machine: Machine) -> TrainingPlan | None:

@@ -76,7 +76,7 @@ PRESETS: Mapping[str, Preset] = {
     "27b-qlora": Preset(_lora(_model("27B").quantize("nf4")), "RTX4090", _QLORA),
     "27b-fft": Preset(_full(_model("27B"), ParallelSpec.fsdp2()), "4xA100-40GB", f"{_IN_FULL}, {_SHARED}"),
     "27b-qlora-fsdp": Preset(
-        _lora(_model("27B").quantize("nf4"), ParallelSpec.fsdp2()), "2xT4", f"{_QLORA}, {_SHARED}"
+        _lora(_model("27B").quantize("nf4"), ParallelSpec.fsdp2()), "2xRTX4090", f"{_QLORA}, {_SHARED}"
     ),
     "35b-a3b-moe-qlora": Preset(_lora(_model("35B-A3B").quantize("nf4")), "RTX4090", _QLORA),
     "35b-a3b-moe-qlora-fsdp": Preset(

@@ -152,7 +152,31 @@ class TrainingPlan:
 
     @property
     def time(self) -> TimeReport:
-        """How long a step takes at least: counted as :attr:`memory` is, at the rates of the machine.
+        """How long a step takes: on another machine :attr:`roofline`, the least that it can take.
+
+        On this machine that is multiplied by how much slower a short step is, measured at first use, in seconds.
+
+        Raises:
+            PlanError: the recipe has something that is not simulated, or nothing is known of the machine's rates.
+        """
+        counted, slower = self.roofline, self._slower
+        if slower is None:
+            return counted
+        return attrs.evolve(
+            counted,
+            step_seconds=slower * counted.step_seconds,
+            update_seconds=slower * counted.update_seconds,
+            slower=slower,
+        )
+
+    @property
+    def time_is_known(self) -> bool:
+        """Whether the time has been found already."""
+        return self.memory_is_known and "_slower" in self.__dict__
+
+    @property
+    def roofline(self) -> TimeReport:
+        """How long a step takes at least: counted as :attr:`memory` is, at the highest rates of the machine.
 
         Raises:
             PlanError: the recipe has something that is not simulated, or nothing is known of the machine's rates.
@@ -175,6 +199,16 @@ class TrainingPlan:
             sent=rows * step.sent,
             steps=self.data.steps if self.data_is_known else None,
         )
+
+    @cached_property
+    def _slower(self) -> float | None:
+        """How much slower a step is here than counted; None on another machine."""
+        from qwenft.training.calibration import slower_than_counted
+
+        hindrances = [f for f in self.found if f.level == "blocked" and f.place.startswith("attention")]
+        if not self.draft.here or hindrances:
+            return None
+        return slower_than_counted(self.draft, self.memory_limit)
 
     @property
     def fits(self) -> bool:
@@ -504,6 +538,7 @@ class TrainingPlan:
             "trained_parameters": self.trained_parameters,
             "state_bytes": attrs.asdict(self.state),
             "memory": attrs.asdict(self.memory) if self.memory_is_known else None,
+            "time": attrs.asdict(self.time) if self.time_is_known else None,
             "storage": [attrs.asdict(row) for row in self.storage],
             "data": attrs.asdict(self.data) if self.data_is_known else None,
             "identity": self.identity if self.data_is_known else None,

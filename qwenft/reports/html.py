@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-from qwenft.reports.text import COVERAGE, bar_parts, bytes_text, coverage_rows, facts
+from qwenft.reports.text import COVERAGE, bar_parts, bytes_text, coverage_rows, facts, verdict_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,7 +44,7 @@ def render_plan(plan: TrainingPlan) -> str:
     return "".join(
         [
             '<div style="max-width:700px">',
-            html_table((), facts(plan)),
+            html_table((), [fact for fact in facts(plan) if fact[0]]),
             memory_bar(plan) if plan.memory_is_known else "",
             html_table(COVERAGE, coverage_rows(plan), right=(2, 3, 4)),
             html_table(("", "where", "finding"), findings),
@@ -68,7 +68,8 @@ def memory_bar(plan: TrainingPlan) -> str:
         for (name, count), colour in zip(parts, colours, strict=True)
     )
     frame = "display:flex;height:18px;max-width:680px;border:1px solid #8888;margin:4px 10px"
-    return f'<div style="{frame}">{blocks}</div><div style="margin:0 10px">{legend}</div>'
+    below = f"{escape(verdict_text(plan))}<br>{legend}"
+    return f'<div style="{frame}">{blocks}</div><div style="margin:0 10px">{below}</div>'
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:

@@ -104,7 +104,8 @@ def facts(plan: TrainingPlan) -> list[tuple[str, str]]:
         ("state", state_text(plan.state, draft.ranks)),
         ("activations", activations_text(recipe.training)),
         ("memory", memory_text(plan)),
-        *((("", bar_text(plan)), ("time", time_of_steps(plan))) if plan.memory_is_known else ()),
+        *((("", bar_text(plan)),) if plan.memory_is_known else ()),
+        ("time", time_of_steps(plan)),
         ("disk", disk_text(plan)),
     ]
 
@@ -199,21 +200,29 @@ def bar_text(plan: TrainingPlan) -> str:
         width = round(_BAR * done / whole) - drawn
         drawn += width
         bar += width * ({"free": " ", "assumed": "·"}.get(name) or next(fills))
+    return f"[{bar}] {verdict_text(plan)}"
+
+
+def verdict_text(plan: TrainingPlan) -> str:
+    """Whether a plan fits, in bytes."""
+    needed, limit = plan.memory.needed_bytes, plan.memory_limit
     verdict = "fits" if plan.fits else f"{bytes_text(needed - limit)} too much"
-    return f"[{bar}] {bytes_text(needed)} of {bytes_text(limit)}: {verdict}"
+    return f"{bytes_text(needed)} of {bytes_text(limit)}: {verdict}"
 
 
 def time_of_steps(plan: TrainingPlan) -> str:
     """How long steps take, and what that counts."""
     if not plan.machine.bandwidth:
         return f"not estimated: how fast {plan.machine.name} is is not known"
+    if not plan.time_is_known:
+        return "not yet computed (plan.time simulates a step)"
     found = plan.time
     step = f"{found.step_seconds:.3g} s a step of {found.tokens:,} tokens, {found.tokens_per_second:,.0f} a second"
     run = "" if found.run_seconds is None else f"; all {found.steps:,} steps {time_text(found.run_seconds)}"
-    return (
-        f"at least {step}{run} (a roofline: {found.operations / 1e12:,.1f} TFLOP and {bytes_text(found.moved)} "
-        "moved at the highest rates; no launches, data, evaluations or checkpoints)"
-    )
+    counted = f"{found.operations / 1e12:,.3g} TFLOP and {bytes_text(found.moved)} moved"
+    if found.slower is None:
+        return f"at least {step}{run} ({counted} at the highest rates; no data, evaluations or checkpoints)"
+    return f"{step}{run} ({counted}, {found.slower:.3g} times slower than the highest rates, as measured here)"
 
 
 def machine_text(machine: Machine) -> str:

@@ -40,7 +40,7 @@ def shallow(draft: Draft) -> tuple[Architecture, dict[str, int]]:
     if not _is_uniform(draft):
         return whole, repeats
     every = draft.training.activation_checkpointing or 1
-    unit = math.lcm(_period(whole.layer_types), every)
+    unit = math.lcm(period(whole.layer_types), every)
     units = whole.layers // unit
     if units > 3 and whole.layers % unit == 0:
         kinds: Any = whole.layer_types[: 3 * unit]
@@ -64,7 +64,7 @@ def trained_in(shallow: Architecture, draft: Draft) -> tuple[TrainedWeight, ...]
     return tuple(attrs.evolve(entry, weight=part(entry.weight)) for entry in draft.trained)
 
 
-def _period(kinds: Sequence[str]) -> int:
+def period(kinds: Sequence[str]) -> int:
     """After how many layers their types repeat."""
     return next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n] or n == len(kinds))
 
