@@ -1,9 +1,9 @@
 """The time of a step as a plan for this machine says it, against steps that are made, in one thread.
 
-    python benchmarks/planned_time.py [--out benchmarks/results/planned_time.json]
+    python -m benchmarks.planned_time [--out benchmarks/results/planned_time.json]
 
-The plan measures a short step of one layer of each kind, and counts the rest; the run is of packed conversations, and
-its median step is scaled to the tokens that the plan speaks of. Where ``measured / planned`` is 1 the plan is right.
+The plan measures a short step of one layer of each kind, and counts the rest; the run is of packed conversations.
+Its median step, with the shortest and the longest, is scaled to the tokens that the plan speaks of.
 """
 
 from __future__ import annotations
