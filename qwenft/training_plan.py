@@ -19,7 +19,7 @@ from qwenft.models.checkpoint import checkpoint_folder
 from qwenft.plan.coverage import CoverageRow, coverage
 from qwenft.plan.findings import LEVELS, Finding, blocked, error
 from qwenft.plan.records import DataReport, StateBytes, state_bytes
-from qwenft.plan.rules.memory import not_simulated
+from qwenft.plan.rules.memory import not_followed
 from qwenft.plan.rules.run import unsaved
 from qwenft.plan.storage import Storage, StorageRow, storage_rows
 from qwenft.plan.time import TimeReport
@@ -253,21 +253,20 @@ class TrainingPlan:
     def _simulated(self, row: Row) -> Simulated:
         from qwenft.training.simulate import NOT_FOLLOWED, simulate
 
-        hindrances = list(not_simulated(self.draft))
         if self.draft.shards > 1 and "ranks" in self.__dict__:
             problem = "this process has met those that share the run, and a simulation has processes of its own"
-            hindrances.append(blocked("parallel", problem, "plan.memory before plan.prepare()"))
-        if hindrances:
-            raise PlanError(hindrances, subject="before this can be simulated")
+            hindrance = blocked("parallel", problem, "plan.memory before plan.prepare()")
+            raise PlanError([hindrance], subject="before this can be simulated")
+        left_out = not_followed(self.draft)
         try:
-            return simulate(self.draft, row)
+            return simulate(self.draft, row, left_out)
         except NOT_FOLLOWED as problem:
-            listed = ", ".join(f"{slot.name} = {slot.backend!r}" for slot in self.draft.slots)
-            hindrance = blocked(
-                "attention",
-                f"a step asks tensors for values that a simulation does not have ({problem}); backends: {listed}",
-                "shapes and branches by the layout's lengths, which are numbers, or by no values at all",
-            )
+            own = [
+                slot.name for slot in self.draft.slots if not type(slot.backend).__module__.startswith("qwenft.")
+            ]
+            if own:  # what asks tensors for values has none here
+                return simulate(self.draft, row, (*left_out, *own))
+            hindrance = blocked("training.loss", f"it asks tensors for values: {problem}", 'loss="auto"')
             raise PlanError([hindrance], subject="before this can be simulated") from problem
 
     @property
@@ -624,10 +623,9 @@ class TrainingPlan:
     def require_fit(self) -> None:
         """Raise PlanError where a step needs more memory than there is, with what would help.
 
-        A plan that could not need half of it is not simulated for this, nor one that cannot be.
+        A plan that could not need half of it is not simulated for this.
         """
-        may_not = self._upper_bound() > self.memory_limit / 2 and not any(not_simulated(self.draft))
-        if may_not and not self.fits:
+        if self._upper_bound() > self.memory_limit / 2 and not self.fits:
             raise PlanError([self._too_large], subject="before this can run")
 
     def _upper_bound(self) -> int:

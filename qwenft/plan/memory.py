@@ -49,6 +49,8 @@ class MemoryReport:
         layers: what each kind of layer keeps.
         tokens: of the micro-batch: the one of the data that takes most, or a full row where there are none.
         supervised: of these tokens.
+        left_out: backends whose kernels could not be followed and declare nothing: what they hold for backward and
+            while they run is not counted.
         assumed: bytes beside live tensors, which no simulation sees: of CUDA's context, its allocator, NCCL, or of
             Python. Rules of thumb, and apart from the peak.
     """
@@ -58,6 +60,7 @@ class MemoryReport:
     layers: tuple[LayerBytes, ...]
     tokens: int
     supervised: int
+    left_out: tuple[str, ...] = ()
     assumed: Mapping[str, int] = attrs.field(factory=dict)
 
     @property

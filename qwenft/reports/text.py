@@ -175,9 +175,10 @@ def memory_text(plan: TrainingPlan) -> str:
     parts = sorted(memory.by_component.items(), key=lambda part: -part[1])
     listed = ", ".join(f"{name} {bytes_text(count)}" for name, count in parts if count)
     beside = ", ".join(f"{name} {bytes_text(count)}" for name, count in memory.assumed.items())
+    left_out = f"; NOT counted: what the kernels of {', '.join(memory.left_out)} hold" if memory.left_out else ""
     return (
         f"{bytes_text(memory.peak_bytes)} of live tensors at most, in {memory.moment}, with {memory.tokens:,} "
-        f"tokens, {memory.supervised:,} of them trained: {listed}; beside them, assumed: {beside}"
+        f"tokens, {memory.supervised:,} of them trained: {listed}; beside them, assumed: {beside}{left_out}"
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import Counter
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -82,7 +83,8 @@ class LiveBytes(TorchDispatchMode):
         self._known: dict[int, Any] = {}  # held, so that no other storage takes their address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        with _forgotten(func, args):
+            result = func(*args, **(kwargs or {}))
         if func.namespace == "prim":  # questions, such as where a tensor is
             return result
         for leaf in tree_leaves(result):
@@ -208,6 +210,20 @@ class LiveBytes(TorchDispatchMode):
             together: Sequence[Segment] = list(segments)
             for _ in range(1 if group is None else repeats[group]):
                 yield from together
+
+
+@contextmanager
+def _forgotten(func: Any, args: tuple[Any, ...]) -> Iterator[None]:
+    """Have the cache of fake operations not hold on to a storage that an operation is given, as it does to all."""
+    mode = getattr(args[0], "fake_mode", None) if func.overloadpacket is torch.ops.aten.set_ else None
+    if mode is None:
+        yield
+        return
+    mode.cache_enabled, before = False, mode.cache_enabled
+    try:
+        yield
+    finally:
+        mode.cache_enabled = before
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> list[torch.Tensor]:

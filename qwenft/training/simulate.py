@@ -39,12 +39,20 @@ from qwenft.training.ranks import ALONE, Ranks
 from qwenft.training.rounding import StochasticRounding
 from qwenft.training.shallow import AGAIN, give_memory, make_scales, shallow, trained_in
 from qwenft.training.shards import mesh_of, share_out
-from qwenft.training.stand_ins import AttentionStandIn, HostLayout, LinearStandIn, Mark, keep_on_host, know_values
+from qwenft.training.stand_ins import (
+    AttentionStandIn,
+    Held,
+    HostLayout,
+    LinearStandIn,
+    Mark,
+    keep_on_host,
+    know_values,
+)
 from qwenft.training.trained import local_of
 from qwenft.training.work import Work, seconds_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from qwenft.data.stream import Stream
     from qwenft.family.architectures import Architecture
@@ -117,12 +125,13 @@ class Simulated:
     sent: float
 
 
-def simulate(draft: Draft, row: Row) -> Simulated:
+def simulate(draft: Draft, row: Row, left_out: Sequence[str] = ()) -> Simulated:
     """Count what a step takes in one process.
 
     Args:
         draft: what is planned.
         row: its micro-batch.
+        left_out: attention slots of which no more is counted than arguments, results and gradients.
     """
     few, repeats = shallow(draft)
     trained = trained_in(few, draft)
@@ -135,7 +144,7 @@ def simulate(draft: Draft, row: Row) -> Simulated:
             adapter=draft.adapter,
             trained=trained,
             training=draft.training,
-            backends={slot.name: _followed(slot, row, live) for slot in draft.slots},
+            backends={slot.name: _followed(slot, row, live, left_out) for slot in draft.slots},
             compute_dtype=draft.compute_dtype,
             source=draft.model.source,
             on_meta=True,
@@ -174,6 +183,7 @@ def simulate(draft: Draft, row: Row) -> Simulated:
         layers=_layers(live, draft.architecture),
         tokens=sum(row.lengths),
         supervised=row.supervised,
+        left_out=tuple(f"{s.backend.name} ({s.name})" for s in draft.slots if s.name in left_out),
         assumed=assumed_bytes(draft.machine, sum(peak.by_component.values()), ranks=draft.ranks),
     )
     work = list(live.work(repeats))
@@ -353,16 +363,16 @@ def _mark(layers: Any, behind: Any, kind: str, live: LiveBytes, *, is_whole: boo
         module.register_forward_pre_hook(partial(enter, number))
 
 
-def _followed(slot: Slot, row: Row, live: LiveBytes) -> Any:
+def _followed(slot: Slot, row: Row, live: LiveBytes, left_out: Sequence[str]) -> Any:
     """The backend of a slot, or what stands for it where its kernels cannot be followed."""
-    if slot.backend.traceable:
+    if slot.backend.traceable and slot.name not in left_out:
         return slot.backend
     lengths = row.lengths
     if slot.name == "vision":
         lengths = tuple(rows * columns for frames, rows, columns in row.grids for _ in range(frames))
     problem = attrs.evolve(slot.problem, lengths=lengths)
     stand_in = LinearStandIn if slot.name == "linear" else AttentionStandIn
-    return stand_in(slot.backend, problem, live)
+    return stand_in(Held.of(slot.backend, problem, live))
 
 
 def _layers(live: LiveBytes, architecture: Architecture) -> tuple[LayerBytes, ...]:

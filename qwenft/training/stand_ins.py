@@ -16,6 +16,7 @@ from qwenft.kernels.experts import together_on
 from qwenft.kernels.layout import SequenceLayout
 from qwenft.models.bind import causal_of
 from qwenft.models.precision import RoutedExperts
+from qwenft.plan.rules.memory import declares
 from qwenft.training.live_bytes import HOST
 from qwenft.training.work import Work
 
@@ -42,8 +43,8 @@ class AttentionStandIn(AttentionBackend):
 
     name, supports_packing, uses_flash_lib = "declared", True, False
 
-    def __init__(self, backend: Any, problem: Any, live: LiveBytes) -> None:
-        self.held = _Held.of(backend, problem, live)
+    def __init__(self, held: Held) -> None:
+        self.held = held
 
     def attend(self, query: Any, key: Any, value: Any, *, causal: bool = True, **_: Any) -> Any:
         """[S, H, D] of nothing."""
@@ -57,8 +58,8 @@ class LinearStandIn(LinearAttentionBackend):
 
     name, supports_packing, uses_flash_lib = "declared", True, False
 
-    def __init__(self, backend: Any, problem: Any, live: LiveBytes) -> None:
-        self.held = _Held.of(backend, problem, live)
+    def __init__(self, held: Held) -> None:
+        self.held = held
 
     def short_conv(self, x: Any, weight: Any, bias: Any, **_: Any) -> Any:
         """[T, C] of nothing."""
@@ -77,8 +78,15 @@ class LinearStandIn(LinearAttentionBackend):
 
 
 @attrs.frozen
-class _Held:
-    """What a backend declares for documents of some lengths, and where its work is counted."""
+class Held:
+    """What a backend holds for documents of some lengths, and where its work is counted.
+
+    Args:
+        saved: bytes that are kept for backward, by name.
+        space: what kernels hold while they run.
+        lengths: tokens of the documents.
+        live: the record.
+    """
 
     saved: Mapping[str, int]
     space: Workspace
@@ -86,7 +94,10 @@ class _Held:
     live: LiveBytes
 
     @classmethod
-    def of(cls, backend: Any, problem: Any, live: LiveBytes) -> _Held:
+    def of(cls, backend: Any, problem: Any, live: LiveBytes) -> Held:
+        """What a backend declares; nothing where it declares nothing."""
+        if not declares(backend):
+            return cls({}, Workspace(), problem.lengths, live)
         return cls(backend.saved_tensors(problem), backend.workspace(problem), problem.lengths, live)
 
 
@@ -96,7 +107,7 @@ class _Declared(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        held: _Held,
+        held: Held,
         products: float,
         keeps_inputs: bool,
         output: torch.Tensor,

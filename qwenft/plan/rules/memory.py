@@ -69,16 +69,12 @@ def embeddings_on_host(draft: Draft) -> Iterator[Finding]:
         yield error(place, "the embeddings are trained, on the device", '.freeze("embeddings")')
 
 
-def _declares(backend: Backend) -> bool:
+def declares(backend: Backend) -> bool:
     """Whether a backend says what its kernels hold."""
     kind = type(backend)
     return kind.saved_tensors is not Backend.saved_tensors and kind.workspace is not Backend.workspace
 
 
-def not_simulated(draft: Draft) -> Iterator[Finding]:
-    """What a simulation of a step would leave out, so that its figure would be wrong."""
-    for slot in draft.slots:
-        if not slot.backend.traceable and not _declares(slot.backend):
-            fix = f'{slot.name}="{"torch" if slot.name == "linear" else "sdpa"}"'
-            problem = f"what the kernels of {slot.backend.name} hold cannot be counted, and it does not declare it"
-            yield blocked(f"attention.{slot.name}", problem, fix)
+def not_followed(draft: Draft) -> tuple[str, ...]:
+    """The slots of backends whose part a simulation must leave out: they launch kernels, and declare nothing."""
+    return tuple(s.name for s in draft.slots if not s.backend.traceable and not declares(s.backend))
