@@ -135,36 +135,11 @@ def simulate(draft: Draft, row: Row, left_out: Sequence[str] = ()) -> Simulated:
     """
     few, repeats = shallow(draft)
     trained = trained_in(few, draft)
+    few_layers = attrs.evolve(draft, architecture=few, trained=trained)
     live = LiveBytes()
     with torch.random.fork_rng(), planned_on(draft.machine.device), _processes(draft) as ranks:
-        mesh = mesh_of(draft.parallel, ranks, "cpu") if ranks.count > 1 else None
-        model = adapted(
-            model_on_meta(few, draft.storage),
-            few,
-            adapter=draft.adapter,
-            trained=trained,
-            training=draft.training,
-            backends={slot.name: _followed(slot, row, live, left_out) for slot in draft.slots},
-            compute_dtype=draft.compute_dtype,
-            source=draft.model.source,
-            on_meta=True,
-        )
-        batch = _batch(row, few)
-        following = one_token_on(batch).located() if draft.adapter.mtp_weight else None
-        with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
-            give_memory(model)
-            if mesh is not None:
-                share_out(model, draft.parallel, mesh, named_weights(few), draft.storage)
-            live.ignore(make_scales(model, few, draft.storage))
-            live.ignore(_inputs(batch := _faked(batch, fakes)))
-        learner = Learner(
-            model,
-            draft.training,
-            device="cpu",
-            role_of=lambda name: role_of(few, base_name(name)),
-            mtp_weight=draft.adapter.mtp_weight,
-            ranks=ranks,
-        )
+        fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        learner, batch, following = _learner(few_layers, row, live, fakes, ranks=ranks, left_out=left_out)
         with fakes:
             _step(learner, live, batch, following, draft, accumulating=row.accumulates)
             update = _updated(draft)
@@ -198,6 +173,42 @@ def simulate(draft: Draft, row: Row, left_out: Sequence[str] = ()) -> Simulated:
         moved=sum(each.moved for each in work),
         sent=sum(each.sent for each in (*work, buckets)),
     )
+
+
+def _learner(
+    draft: Draft, row: Row, live: LiveBytes, fakes: FakeTensorMode, *, ranks: Ranks, left_out: Sequence[str]
+) -> tuple[Learner, Batch, Batch | None]:
+    """The model of a draft with its optimizer, its micro-batch, and what the multi-token-prediction layer sees."""
+    architecture = draft.architecture
+    mesh = mesh_of(draft.parallel, ranks, "cpu") if ranks.count > 1 else None
+    model = adapted(
+        model_on_meta(architecture, draft.storage),
+        architecture,
+        adapter=draft.adapter,
+        trained=draft.trained,
+        training=draft.training,
+        backends={slot.name: _followed(slot, row, live, left_out) for slot in draft.slots},
+        compute_dtype=draft.compute_dtype,
+        source=draft.model.source,
+        on_meta=True,
+    )
+    batch = _batch(row, architecture)
+    following = one_token_on(batch).located() if draft.adapter.mtp_weight else None
+    with fakes:
+        give_memory(model)
+        if mesh is not None:
+            share_out(model, draft.parallel, mesh, named_weights(architecture), draft.storage)
+        live.ignore(make_scales(model, architecture, draft.storage))
+        live.ignore(_inputs(batch := _faked(batch, fakes)))
+    learner = Learner(
+        model,
+        draft.training,
+        device="cpu",
+        role_of=lambda name: role_of(architecture, base_name(name)),
+        mtp_weight=draft.adapter.mtp_weight,
+        ranks=ranks,
+    )
+    return learner, batch, following
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -43,8 +44,11 @@ class Work:
 def seconds_of(work: Iterable[Work], machine: Machine) -> float:
     """The time of operations one after the other, each as long as its products or its memory take (a roofline).
 
-    Other processes are heard while it is computed: what takes longer counts.
+    Other processes are heard while it is computed: what takes longer counts. Not a number where nothing is known
+    of the machine's rates.
     """
+    if not machine.bandwidth:
+        return math.nan
     rates = dict(machine.operations)
     computed = sent = 0.0
     for each in work:

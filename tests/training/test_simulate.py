@@ -146,6 +146,16 @@ def test_the_plan_tells_the_peak_when_it_is_known(dense_checkpoint):
     assert again.memory.tokens == longest < 128
 
 
+def test_a_machine_of_unknown_speed_has_memory_and_no_time(dense_checkpoint):
+    """A card that is in no table is planned for as others are, and its time is not made up."""
+    unknown = attrs.evolve(qf.Machine.detect(), name="a new card", bandwidth=0.0)
+    plan = recipe(dense_checkpoint, adapter=LORA).compile(unknown)
+    assert plan.memory.peak_bytes > 0
+    with pytest.raises(qf.PlanError, match=r"how fast a new card is is not known[\s\S]*bandwidth="):
+        plan.time  # noqa: B018
+    assert "time        not estimated: how fast a new card is is not known" in plan.explain()
+
+
 def test_kernels_that_cannot_be_followed_are_left_out_visibly(dense_checkpoint):
     """What a backend holds that launches kernels and declares nothing is named as not counted, and the rest is."""
     plan = recipe(dense_checkpoint, adapter=LORA).compile()
