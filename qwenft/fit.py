@@ -145,7 +145,7 @@ def too_large(plan: TrainingPlan) -> Finding:
 
 
 def _too_large(plan: TrainingPlan, tried: Sequence[Remedy]) -> Finding:
-    needed, limit = plan.memory.needed_bytes, plan.memory_limit
+    needed, limit = plan.memory.needed_bytes, plan.forecast.memory_limit
     helpful = [remedy for remedy in tried if remedy.saved > 0]
     best: dict[str, int] = {}
     for remedy in helpful:
@@ -178,7 +178,7 @@ def _tried(plan: TrainingPlan, wanted: Iterable[Lever]) -> list[Remedy]:
 
 def _speed(plan: TrainingPlan) -> float:
     """Tokens a second, as far as the machine is known."""
-    return plan.roofline.tokens_per_second if plan.machine.bandwidth else 1.0
+    return plan.forecast.roofline.tokens_per_second if plan.machine.bandwidth else 1.0
 
 
 def _compiled(recipe: Recipe, machine: Machine) -> TrainingPlan | None:
@@ -209,7 +209,7 @@ def fit(recipe: Recipe, machine: Machine | None) -> Recipe:
 
 def _combinations(tried: Sequence[Remedy], plan: TrainingPlan) -> list[tuple[Remedy, ...]]:
     """Sets of remedies that should fit if what each saves adds up: by what they change, and then by time."""
-    short = plan.memory.needed_bytes - plan.memory_limit
+    short = plan.memory.needed_bytes - plan.forecast.memory_limit
     slots: dict[str, list[Remedy | None]] = {}
     for remedy in tried:
         slots.setdefault(remedy.lever.slot, [None]).append(remedy)

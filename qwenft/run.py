@@ -322,7 +322,7 @@ def launch(
     plan.require_runnable()
     plan = plan.for_processes(processes)
     _ = plan.data
-    plan.require_fit()
+    plan.forecast.require_fit()
     folder = RunFolder(path)
     _continues(folder, resume)
     with TemporaryDirectory(prefix="qwenft-") as place:
@@ -366,7 +366,7 @@ def _begin(plan: TrainingPlan, path: Path, resume: str) -> tuple[RunFolder, Prep
     plan.require_runnable()
     _ = plan.data
     if ranks.count == 1:  # else who launched them has asked
-        plan.require_fit()
+        plan.forecast.require_fit()
     ranks.require_equal(plan.identity, "trains something else")
     if continues:
         fix = f'the recipe of the run, Recipe.load("{path}/recipe.json"), or another folder, "{path}-2" say'

@@ -14,15 +14,14 @@ import attrs
 
 from qwenft.errors import CheckpointError, DataError, PlanError, SpecError, nearest
 from qwenft.family.inventory import role_of
+from qwenft.forecast import Forecast
 from qwenft.models.adapter import TENSORS, Adapter
 from qwenft.models.checkpoint import checkpoint_folder
 from qwenft.plan.coverage import CoverageRow, coverage
-from qwenft.plan.findings import LEVELS, Finding, blocked, error
+from qwenft.plan.findings import LEVELS, Finding, error
 from qwenft.plan.records import DataReport, StateBytes, state_bytes
-from qwenft.plan.rules.memory import not_followed
 from qwenft.plan.rules.run import unsaved
 from qwenft.plan.storage import Storage, StorageRow, storage_rows
-from qwenft.plan.time import TimeReport
 from qwenft.specs.codec import Codec
 from qwenft.specs.parallel import ParallelSpec
 
@@ -34,16 +33,13 @@ if TYPE_CHECKING:
     from qwenft.machine import Machine
     from qwenft.plan.draft import Draft
     from qwenft.plan.memory import MemoryReport
+    from qwenft.plan.time import TimeReport
     from qwenft.recipe import Recipe
     from qwenft.run import Run
     from qwenft.specs.data import DataSpec
     from qwenft.specs.model import ModelSpec
     from qwenft.training.engine import Prepared
     from qwenft.training.ranks import Ranks
-    from qwenft.training.simulate import Row, Simulated
-
-#: Tokens of a row that is simulated where a recipe has no data.
-FULL_ROW = 2048
 
 
 @attrs.define(eq=False, repr=False, slots=False)
@@ -66,15 +62,11 @@ class TrainingPlan:
 
         Where :attr:`memory` is known and the plan does not fit, what would help is tried at first use.
         """
-        if not self.memory_is_known or self.fits:
+        if not self.forecast.memory_is_known or self.fits:
             return self.found
-        return tuple(sorted((self._too_large, *self.found), key=lambda finding: LEVELS.index(finding.level)))
-
-    @cached_property
-    def _too_large(self) -> Finding:
-        from qwenft.fit import too_large
-
-        return too_large(self)
+        return tuple(
+            sorted((self.forecast.too_large, *self.found), key=lambda finding: LEVELS.index(finding.level))
+        )
 
     @property
     def architecture(self) -> Any:
@@ -134,9 +126,25 @@ class TrainingPlan:
         return report
 
     @property
+    def stream(self) -> Stream:
+        """The data as they are trained on."""
+        stream: Stream = self._corpus.train
+        return stream
+
+    @property
+    def has_met_ranks(self) -> bool:
+        """Whether this process has met the others of the run."""
+        return "ranks" in self.__dict__
+
+    @property
     def data_is_known(self) -> bool:
         """Whether the data have been counted already."""
         return "_corpus" in self.__dict__
+
+    @cached_property
+    def forecast(self) -> Forecast:
+        """What a step takes, simulated at first use; where that is known of it, and what of it is assumed."""
+        return Forecast(self)
 
     @property
     def memory(self) -> MemoryReport:
@@ -148,89 +156,7 @@ class TrainingPlan:
         Raises:
             PlanError: the recipe has something that is not simulated.
         """
-        return max((step.memory for step in self._steps), key=lambda memory: memory.peak_bytes)
-
-    @property
-    def time(self) -> TimeReport:
-        """How long a step takes: on another machine :attr:`roofline`, the least that it can take.
-
-        On this machine that is multiplied by how much slower a short step is, measured at first use, in seconds.
-
-        Raises:
-            PlanError: the recipe has something that is not simulated, or nothing is known of the machine's rates.
-        """
-        counted, slower = self.roofline, self._slower
-        if slower is None:
-            return counted
-        return attrs.evolve(
-            counted,
-            step_seconds=slower * counted.step_seconds,
-            update_seconds=slower * counted.update_seconds,
-            slower=slower,
-        )
-
-    @property
-    def time_is_known(self) -> bool:
-        """Whether the time has been found already."""
-        return self.memory_is_known and "_slower" in self.__dict__
-
-    @property
-    def roofline(self) -> TimeReport:
-        """How long a step takes at least: counted as :attr:`memory` is, at the highest rates of the machine.
-
-        Raises:
-            PlanError: the recipe has something that is not simulated, or nothing is known of the machine's rates.
-        """
-        machine, training = self.machine, self.recipe.training
-        if not machine.bandwidth:
-            problem = f"how fast {machine.name} is is not known"
-            fix = "attrs.evolve(machine, bandwidth=..., operations=(...), link=...)"
-            raise PlanError([blocked("machine", problem, fix)])
-        step = self._steps[0]
-        row, ranks = step.memory.tokens, self.draft.ranks
-        tokens = ranks * row if training.tokens_per_step is None else max(row, training.tokens_per_step)
-        rows = tokens / ranks / row  # of each process, on average
-        return TimeReport(
-            step_seconds=rows * step.seconds + step.update_seconds,
-            update_seconds=step.update_seconds,
-            tokens=tokens,
-            operations=rows * step.operations,
-            moved=rows * step.moved,
-            sent=rows * step.sent,
-            steps=self.data.steps if self.data_is_known else None,
-        )
-
-    @cached_property
-    def _slower(self) -> float | None:
-        """How much slower a step is here than counted; None on another machine."""
-        from qwenft.training.calibration import slower_than_counted
-
-        hindrances = [f for f in self.found if f.level == "blocked" and f.place.startswith("attention")]
-        if not self.draft.here or hindrances:
-            return None
-        return slower_than_counted(self.draft, self.memory_limit)
-
-    @property
-    def fits(self) -> bool:
-        """Whether the machine has the memory that a step needs: :attr:`memory`, with what is assumed beside it."""
-        return self.memory.needed_bytes <= self.memory_limit
-
-    @property
-    def memory_limit(self) -> int:
-        """Bytes that a process may use: of a GPU its memory, of a CPU its part of the host's."""
-        return self.machine.memory_bytes // (self.draft.local_ranks if self.machine.device == "cpu" else 1)
-
-    @cached_property
-    def _steps(self) -> tuple[Simulated, ...]:
-        """Simulated steps: on the longest row, and on the one with most patches where that is another."""
-        from qwenft.training.simulate import Row, largest_rows
-
-        data = self.recipe.data
-        if data is not None and self.data_is_known and data.window is None:
-            return tuple(map(self._simulated, largest_rows(self._corpus.train)))
-        tokens = FULL_ROW if data is None else data.row_tokens or data.max_length
-        several = (self.recipe.training.tokens_per_step or 0) >= 2 * tokens * self.draft.ranks
-        return (self._simulated(Row((tokens,), tokens, several)),)
+        return self.forecast.memory
 
     def memory_of(
         self, lengths: Sequence[int], *, supervised: int | None = None, accumulates: bool = False
@@ -245,34 +171,24 @@ class TrainingPlan:
         Raises:
             PlanError: the recipe has something that is not simulated.
         """
-        from qwenft.training.simulate import Row
-
         trained = sum(lengths) if supervised is None else supervised
-        return self._simulated(Row(tuple(lengths), trained, accumulates)).memory
-
-    def _simulated(self, row: Row) -> Simulated:
-        from qwenft.training.simulate import NOT_FOLLOWED, simulate
-
-        if self.draft.shards > 1 and "ranks" in self.__dict__:
-            problem = "this process has met those that share the run, and a simulation has processes of its own"
-            hindrance = blocked("parallel", problem, "plan.memory before plan.prepare()")
-            raise PlanError([hindrance], subject="before this can be simulated")
-        left_out = not_followed(self.draft)
-        try:
-            return simulate(self.draft, row, left_out)
-        except NOT_FOLLOWED as problem:
-            own = [
-                slot.name for slot in self.draft.slots if not type(slot.backend).__module__.startswith("qwenft.")
-            ]
-            if own:  # what asks tensors for values has none here
-                return simulate(self.draft, row, (*left_out, *own))
-            hindrance = blocked("training.loss", f"it asks tensors for values: {problem}", 'loss="auto"')
-            raise PlanError([hindrance], subject="before this can be simulated") from problem
+        return self.forecast.of_row(lengths, trained, accumulates=accumulates).memory
 
     @property
-    def memory_is_known(self) -> bool:
-        """Whether the largest step has been simulated already."""
-        return "_steps" in self.__dict__
+    def time(self) -> TimeReport:
+        """How long a step takes: on another machine the least that it can take, by a roofline.
+
+        On this machine that is multiplied by how much slower a short step is, measured at first use, in seconds.
+
+        Raises:
+            PlanError: the recipe has something that is not simulated, or nothing is known of the machine's rates.
+        """
+        return self.forecast.time
+
+    @property
+    def fits(self) -> bool:
+        """Whether the machine has the memory that a step needs: :attr:`memory`, with what is assumed beside it."""
+        return self.forecast.fits
 
     def explain(self) -> str:
         """The plan as text."""
@@ -536,8 +452,8 @@ class TrainingPlan:
             "coverage": [attrs.asdict(row) for row in self.coverage],
             "trained_parameters": self.trained_parameters,
             "state_bytes": attrs.asdict(self.state),
-            "memory": attrs.asdict(self.memory) if self.memory_is_known else None,
-            "time": attrs.asdict(self.time) if self.time_is_known else None,
+            "memory": attrs.asdict(self.memory) if self.forecast.memory_is_known else None,
+            "time": attrs.asdict(self.time) if self.forecast.time_is_known else None,
             "storage": [attrs.asdict(row) for row in self.storage],
             "data": attrs.asdict(self.data) if self.data_is_known else None,
             "identity": self.identity if self.data_is_known else None,
@@ -619,24 +535,6 @@ class TrainingPlan:
             device=self.machine.device,
             dtype=self.draft.compute_dtype,
         )
-
-    def require_fit(self) -> None:
-        """Raise PlanError where a step needs more memory than there is, with what would help.
-
-        A plan that could not need half of it is not simulated for this.
-        """
-        if self._upper_bound() > self.memory_limit / 2 and not self.fits:
-            raise PlanError([self._too_large], subject="before this can run")
-
-    def _upper_bound(self) -> int:
-        """Bytes that no step takes: 1 GiB, all state thrice, and of a layer a hundred activations a channel."""
-        architecture, data = self.draft.architecture, self.recipe.data
-        tokens = FULL_ROW if data is None else data.row_tokens or data.max_length
-        channels = architecture.layers * (100 * architecture.hidden_size + architecture.query_heads * tokens)
-        if architecture.vision is not None:  # of several patches a token
-            tower = architecture.vision
-            channels += 100 * tower.merge**2 * tower.depth * tower.hidden_size
-        return 2**30 + 3 * self.state.total + 4 * tokens * (channels + 2 * architecture.vocabulary)
 
     def require_runnable(self) -> None:
         """Raise PlanError with all that blocks the run here."""

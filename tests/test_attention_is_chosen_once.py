@@ -30,12 +30,18 @@ CHOOSING = {
     "chunk_gated_delta_rule",
     "torch_chunk_gated_delta_rule",
 }
-# Compiling resolves the spec; proofs and suites name the references that all else is compared with.
+# Compiling resolves the spec; a reader of configurations asks whether a name is one; proofs and suites name the
+# references that all else is compared with.
 RESOLVES = "compilation.py"
+ASKS = "axolotl/model.py"
 COMPARES = ("models/verify.py", "models/probe.py", "testing/conformance.py")
 REFERENCES = {"EagerAttention", "ReferenceDeltaRule"}
-# A process of its own that runs stock transformers, and the arguments of others that a spec refuses.
+# A process of its own that runs stock transformers, the arguments of others that a spec refuses, and the keys of
+# axolotl's configurations that become a spec.
 EXEMPT = {
+    "axolotl/__init__.py": {"attn_implementation"},
+    "axolotl/model.py": {"attn_implementation"},
+    "axolotl/values.py": {"attn_implementation"},
     "testing/stock.py": {"attn_implementation", "experts_implementation"},
     "specs/attention.py": {"attn_implementation"},
 }
@@ -79,7 +85,7 @@ def test_no_other_module_chooses_attention(name):
     found = set(imports(tree))
     assert not {f"qwenft.kernels.{kernel}" for kernel in KERNELS} & {item.partition(":")[0] for item in found}
     named = {item for item in found if item.startswith("qwenft.backends") or item == "qwenft:backends"}
-    if name == RESOLVES:
+    if name in (RESOLVES, ASKS):
         assert named == {"qwenft:backends"}
     elif name in COMPARES:
         assert {item.partition(":")[2] for item in named} == REFERENCES

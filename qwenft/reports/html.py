@@ -45,7 +45,7 @@ def render_plan(plan: TrainingPlan) -> str:
         [
             '<div style="max-width:700px">',
             html_table((), [fact for fact in facts(plan) if fact[0]]),
-            memory_bar(plan) if plan.memory_is_known else "",
+            memory_bar(plan) if plan.forecast.memory_is_known else "",
             html_table(COVERAGE, coverage_rows(plan), right=(2, 3, 4)),
             html_table(("", "where", "finding"), findings),
             "</div>",

@@ -104,7 +104,7 @@ def facts(plan: TrainingPlan) -> list[tuple[str, str]]:
         ("state", state_text(plan.state, draft.ranks)),
         ("activations", activations_text(recipe.training)),
         ("memory", memory_text(plan)),
-        *((("", bar_text(plan)),) if plan.memory_is_known else ()),
+        *((("", bar_text(plan)),) if plan.forecast.memory_is_known else ()),
         ("time", time_of_steps(plan)),
         ("disk", disk_text(plan)),
     ]
@@ -169,7 +169,7 @@ def activations_text(training: TrainingSpec) -> str:
 
 def memory_text(plan: TrainingPlan) -> str:
     """The peak of a step by component, or that it has not been simulated."""
-    if not plan.memory_is_known:
+    if not plan.forecast.memory_is_known:
         return "not yet computed (plan.memory simulates a step)"
     memory = plan.memory
     parts = sorted(memory.by_component.items(), key=lambda part: -part[1])
@@ -186,13 +186,13 @@ def bar_parts(plan: TrainingPlan) -> list[tuple[str, int]]:
     """What fills the memory of a process in the largest step, the largest first; what is free comes last."""
     memory = plan.memory
     live = sorted(((n, count) for n, count in memory.by_component.items() if count), key=lambda part: -part[1])
-    free = max(0, plan.memory_limit - memory.needed_bytes)
+    free = max(0, plan.forecast.memory_limit - memory.needed_bytes)
     return [*live, ("assumed", sum(memory.assumed.values())), ("free", free)]
 
 
 def bar_text(plan: TrainingPlan) -> str:
     """The same as a bar of characters, with what is missing where it does not fit."""
-    needed, limit = plan.memory.needed_bytes, plan.memory_limit
+    needed, limit = plan.memory.needed_bytes, plan.forecast.memory_limit
     whole = max(needed, limit)
     bar, drawn, done = "", 0, 0
     fills = itertools.cycle("█▓▒░")
@@ -206,7 +206,7 @@ def bar_text(plan: TrainingPlan) -> str:
 
 def verdict_text(plan: TrainingPlan) -> str:
     """Whether a plan fits, in bytes."""
-    needed, limit = plan.memory.needed_bytes, plan.memory_limit
+    needed, limit = plan.memory.needed_bytes, plan.forecast.memory_limit
     verdict = "fits" if plan.fits else f"{bytes_text(needed - limit)} too much"
     return f"{bytes_text(needed)} of {bytes_text(limit)}: {verdict}"
 
@@ -215,7 +215,7 @@ def time_of_steps(plan: TrainingPlan) -> str:
     """How long steps take, and what that counts."""
     if not plan.machine.bandwidth:
         return f"not estimated: how fast {plan.machine.name} is is not known"
-    if not plan.time_is_known:
+    if not plan.forecast.time_is_known:
         return "not yet computed (plan.time simulates a step)"
     found = plan.time
     step = f"{found.step_seconds:.3g} s a step of {found.tokens:,} tokens, {found.tokens_per_second:,.0f} a second"

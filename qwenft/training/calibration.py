@@ -16,7 +16,7 @@ from qwenft.models.lora import base_name
 from qwenft.specs.parallel import ParallelSpec
 from qwenft.training.learner import Learner
 from qwenft.training.prepare import adapted
-from qwenft.training.shallow import make_scales, period, trained_in
+from qwenft.training.shallow import give_memory, make_scales, period, trained_in
 from qwenft.training.simulate import Row, simulate
 
 if TYPE_CHECKING:
@@ -106,9 +106,8 @@ def _random_model(draft: Draft) -> Any:
         on_meta=True,
     )
     with torch.no_grad(), torch.device(device):
-        model._apply(  # noqa: SLF001 - to_empty would empty the buffers too
-            lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
-        )
+        give_memory(model)
+        model.to(device)  # the buffers, which hold values
         for tensor in (*model.parameters(), *make_scales(model, draft.architecture, draft.storage)):
             if tensor.is_floating_point():
                 tensor.uniform_(-0.02, 0.02)

@@ -77,7 +77,7 @@ def _is_uniform(draft: Draft) -> bool:
 
 
 def give_memory(model: Any) -> None:
-    """Replace every parameter, all on the meta device, by one that pretends to be on the CPU."""
+    """Replace every parameter, all on the meta device, by an empty one on the default device; ties stay."""
     replaced: dict[torch.Tensor, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):

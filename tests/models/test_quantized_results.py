@@ -154,7 +154,7 @@ def test_every_adapter_tensor_learns(run):
     prepared.optimizer.zero_grad()
     assert all(gradient is not None and gradient.any() for gradient in gradients.values())
     experts = [name for name in gradients if "experts" in name and "shared" not in name]
-    assert len(experts) == (16 if "routed_experts" in run.plan.recipe.adapter.roles else 0)
+    assert len(experts) == (16 if "routed_experts" in (run.plan.recipe.adapter.roles or ()) else 0)
 
 
 @pytest.mark.parametrize("case", ["nf4", "nf4-experts", "int8-experts"])

@@ -146,6 +146,27 @@ def test_the_plan_tells_the_peak_when_it_is_known(dense_checkpoint):
     assert again.memory.tokens == longest < 128
 
 
+@pytest.mark.parametrize(
+    ("kind", "adapter", "quantized"),
+    [
+        ("dense", qf.AdapterSpec.full(), None),  # whose head is its embeddings
+        ("dense", LORA, "nf4"),
+        ("moe", LORA.on("full_attention", "routed_experts"), "int8"),
+        ("vision", qf.AdapterSpec.full(), None),
+    ],
+    ids=["full-tied", "nf4", "int8-experts", "vision"],
+)
+def test_what_trains_here_is_calibrated(tmp_path, kind, adapter, quantized):
+    """A few layers of every kind of model and of weights make a step, after which nothing has changed."""
+    asked = recipe(tiny_checkpoint(tmp_path / kind, kind), adapter=adapter)
+    asked = asked.with_model(asked.model.quantize(quantized)) if quantized else asked
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    assert asked.compile().time.slower > 1
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_a_machine_of_unknown_speed_has_memory_and_no_time(dense_checkpoint):
     """A card that is in no table is planned for as others are, and its time is not made up."""
     unknown = attrs.evolve(qf.Machine.detect(), name="a new card", bandwidth=0.0)
