@@ -297,7 +297,7 @@ class TrainingPlan:
                 written; checkpoints that were there are whole.
             NonFiniteError: a loss or gradient is not finite.
         """
-        from qwenft.run import train
+        from qwenft.execution import train
 
         return train(
             self,
@@ -340,7 +340,7 @@ class TrainingPlan:
             DataError: the data are wrong.
             RankError: a process failed; its traceback is in `.traceback`.
         """
-        from qwenft.run import launch
+        from qwenft.execution import launch
 
         return launch(
             self,
