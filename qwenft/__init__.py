@@ -15,9 +15,11 @@ if TYPE_CHECKING:
         BackendUnavailable,
         CheckpointError,
         ConformanceError,
+        DamagedError,
         DataError,
         LeakError,
         NonFiniteError,
+        OutOfMemoryError,
         PlanError,
         QwenftError,
         RankError,
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from qwenft.machine import Machine
     from qwenft.merging import merge_adapter
     from qwenft.recipe import Recipe
-    from qwenft.run import Run
+    from qwenft.run import Run, open_run
     from qwenft.specs.adapter import AdapterSpec
     from qwenft.specs.attention import AttentionSpec
     from qwenft.specs.data import DataSpec
@@ -45,6 +47,7 @@ _HOMES = {
     "BackendUnavailable": "qwenft.errors",
     "CheckpointError": "qwenft.errors",
     "ConformanceError": "qwenft.errors",
+    "DamagedError": "qwenft.errors",
     "DataError": "qwenft.errors",
     "DataSpec": "qwenft.specs.data",
     "LeakError": "qwenft.errors",
@@ -52,6 +55,7 @@ _HOMES = {
     "Machine": "qwenft.machine",
     "ModelSpec": "qwenft.specs.model",
     "NonFiniteError": "qwenft.errors",
+    "OutOfMemoryError": "qwenft.errors",
     "ParallelSpec": "qwenft.specs.parallel",
     "PlanError": "qwenft.errors",
     "QwenftError": "qwenft.errors",
@@ -63,6 +67,7 @@ _HOMES = {
     "TrainingSpec": "qwenft.specs.training",
     "from_axolotl": "qwenft.axolotl",
     "merge_adapter": "qwenft.merging",
+    "open_run": "qwenft.run",
     "preset": "qwenft.known_recipes",
     "presets": "qwenft.known_recipes",
 }
@@ -75,6 +80,7 @@ __all__ = [
     "BackendUnavailable",
     "CheckpointError",
     "ConformanceError",
+    "DamagedError",
     "DataError",
     "DataSpec",
     "LeakError",
@@ -82,6 +88,7 @@ __all__ = [
     "Machine",
     "ModelSpec",
     "NonFiniteError",
+    "OutOfMemoryError",
     "ParallelSpec",
     "PlanError",
     "QwenftError",
@@ -94,6 +101,7 @@ __all__ = [
     "__version__",
     "from_axolotl",
     "merge_adapter",
+    "open_run",
     "preset",
     "presets",
 ]

@@ -73,7 +73,15 @@ class ConformanceError(QwenftError, RuntimeError):
 
 
 class NonFiniteError(QwenftError, FloatingPointError):
-    """A loss or a gradient is not finite: `.step`, `.loss`, `.grad_norm`, `.documents` ((file, row) pairs)."""
+    """A loss or a gradient is not finite: `.step`, `.loss`, `.grad_norm`, `.documents` ((file, row) pairs).
+
+    `.layer` is the module of forward, or the weight of backward, in which it began; None where that is not known.
+    A run adds `.checkpoint`, the newest that is whole.
+    """
+
+
+class OutOfMemoryError(QwenftError, MemoryError):
+    """A step did not get the memory that it asked for: `.step`, `.documents`, `.tokens`, `.planned`, `.used`."""
 
 
 class RankError(QwenftError, RuntimeError):
@@ -82,3 +90,7 @@ class RankError(QwenftError, RuntimeError):
 
 class CheckpointError(QwenftError, OSError):
     """A model folder, run folder or export cannot be read or written (`.path`)."""
+
+
+class DamagedError(CheckpointError):
+    """The files of a checkpoint are not what was written."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from qwenft.errors import CheckpointError, SpecError, nearest
+from qwenft.errors import CheckpointError, OutOfMemoryError, SpecError, nearest
 from qwenft.run import Run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from qwenft.training.engine import Prepared
-    from qwenft.training.folder import RunFolder
+    from qwenft.training.run_folder import RunFolder
     from qwenft.training_plan import TrainingPlan
 
 RESUME = ("auto", "must", "never")
@@ -25,6 +26,7 @@ def train(
     path: Path,
     *,
     resume: str,
+    accept: Sequence[str],
     progress: bool,
     on_step: Callable[[dict[str, Any]], Any] | None,
     on_evaluate: Callable[[dict[str, Any]], Any] | None,
@@ -36,10 +38,15 @@ def train(
     from qwenft.reports.live import Progress
     from qwenft.training import loop
     from qwenft.training.allocator import return_freed_memory
+    from qwenft.training.results import INTERRUPTED
+    from qwenft.training.run_folder import RunFolder
 
-    folder, prepared, history = _begin(plan, path, resume)
-    speaks = prepared.ranks.is_first
+    _require_resume(resume)
+    folder = RunFolder(path)
     with ExitStack() as stack:
+        plan.ranks.by_first(lambda: _enter(stack, folder.locked()))
+        prepared, history, notices = _begin(plan, folder, resume, accept)
+        speaks = prepared.ranks.is_first
         stack.callback(return_freed_memory)
         shown = stack.enter_context(
             Progress(plan.data, plan.recipe.training, prepared.steps_done, shown=progress and speaks)
@@ -51,30 +58,57 @@ def train(
             on_step=_all(*(one.step for one in told), on_step),
             on_evaluate=_all(*(one.evaluation for one in told), on_evaluate),
             on_save=_all(on_save),
-            on_notice=shown.notice,
+            on_notice=_all(shown.notice, folder.notice if speaks else None),
         )
-        ending = loop.train(prepared, folder, history, listeners, state_bytes=plan.state.total)
-    run = Run(path, plan, history, ending)
-    run.prepared = prepared
-    if ending != loop.INTERRUPTED:
-        _leave_results(run)
+        for notice in notices if speaks else ():
+            listeners.on_notice(notice)
+        with _memory_planned(plan):
+            ending = loop.train(prepared, folder, history, listeners, state_bytes=plan.state.total)
+        run = Run(path, history, ending.kind, ending.signal)
+        run.plan, run.prepared = plan, prepared
+        if ending.kind != INTERRUPTED:
+            _leave_results(run)
     if on_end is not None and speaks:
         on_end(run)
     return run
 
 
+@contextmanager
+def _memory_planned(plan: TrainingPlan) -> Iterator[None]:
+    """Put what was planned, and what would help, beside a shortage of memory."""
+    from qwenft.reports.text import bytes_text, memory_text
+
+    try:
+        yield
+    except OutOfMemoryError as error:
+        used = ", ".join(f"{name.replace('_', ' ')} {bytes_text(count)}" for name, count in error.used.items())
+        fix = "recipe.fit(qf.Machine.detect()), which finds what makes it fit"
+        if error.documents:
+            fix += f"; or .with_max_length below {error.tokens:,}"
+        values = {**error.values, "planned": plan.memory if plan.forecast.memory_is_known else None}
+        problem = f"{error.problem}\n     used: {used}\n     planned: {memory_text(plan)}"
+        raise OutOfMemoryError(problem, fix=fix, **values) from error
+
+
 def launch(
-    plan: TrainingPlan, path: Path, *, processes: int, resume: str, max_restarts: int, progress: bool
+    plan: TrainingPlan,
+    path: Path,
+    *,
+    processes: int,
+    resume: str,
+    accept: Sequence[str],
+    max_restarts: int,
+    progress: bool,
 ) -> Run:
     """Train in other processes; see :meth:`qwenft.TrainingPlan.launch`."""
     from qwenft.reports.live import Progress
-    from qwenft.training import loop
-    from qwenft.training.folder import RunFolder
     from qwenft.training.launch import launch as launch_processes
+    from qwenft.training.run_folder import RunFolder
 
+    _require_resume(resume)
     plan.require_runnable()
     plan = plan.for_processes(processes)
-    _ = plan.data
+    _require_places(plan, accept)
     plan.forecast.require_fit()
     folder = RunFolder(path)
     _continues(folder, resume)
@@ -90,76 +124,114 @@ def launch(
                 if "loss" in record:
                     shown.step(record)
 
-            modules = [f"--allow-module={module}" for module in plan.modules]
+            options = [
+                *(f"--allow-module={module}" for module in plan.modules),
+                *(f"--accept={place}" for place in accept),
+            ]
             launch_processes(
-                ["train", str(recipe), f"--run-dir={path}", f"--resume={resume}", *modules],
+                ["train", str(recipe), f"--run-dir={path}", f"--resume={resume}", *options],
                 processes=processes,
                 max_restarts=max_restarts,
-                metrics=folder.metrics,
-                after=folder.history[-1]["step"] if folder.history else -1,
+                folder=folder,
                 on_record=on_record,
+                on_notice=shown.notice,
             )
-    history = folder.history
-    ended = (path / "adapter").exists() or (path / "model").exists()
-    is_early = ended and history[-1]["step"] < plan.data.steps
-    ending = loop.STOPPED_EARLY if is_early else loop.FINISHED if ended else loop.INTERRUPTED
-    return Run(path, plan.for_processes(1), history, ending)
+    run = Run(path, folder.history, folder.ending)
+    run.plan = plan.for_processes(1)
+    return run
 
 
-def _begin(plan: TrainingPlan, path: Path, resume: str) -> tuple[RunFolder, Prepared, list[dict[str, Any]]]:
-    """The folder, the prepared model and the history of a run, where it stands."""
-    from qwenft.training.checkpoint import require_same
-    from qwenft.training.folder import RunFolder
+def _begin(
+    plan: TrainingPlan, folder: RunFolder, resume: str, accept: Sequence[str]
+) -> tuple[Prepared, list[dict[str, Any]], list[str]]:
+    """The prepared model and the history of a run, where it stands, and what the user is to be told."""
+    from qwenft.training.environment import environment
+    from qwenft.training.saving import load_newest
 
-    if resume not in RESUME:
-        problem = f"train(resume={resume!r}): expected one of {', '.join(RESUME)}{nearest(str(resume), RESUME)}"
-        raise SpecError(problem, fix='resume="auto"', got=resume, expected=RESUME)
-    ranks, folder = plan.ranks, RunFolder(path)
+    ranks, path = plan.ranks, folder.path
     continues = ranks.by_first(lambda: _continues(folder, resume))
     plan.require_runnable()
     _ = plan.data
     if ranks.count == 1:  # else who launched them has asked
         plan.forecast.require_fit()
     ranks.require_equal(plan.identity, "trains something else")
-    if continues:
-        fix = f'the recipe of the run, Recipe.load("{path}/recipe.json"), or another folder, "{path}-2" say'
-        ranks.together(lambda: require_same(folder.identity, plan.identity, subject="recipe", fix=fix, path=path))
+    _require_places(plan, accept)
+    notices = ranks.by_first(lambda: _accepted(plan, folder, accept)) if continues else []
     ranks.together(plan.verify)
     with ExitStack() as stack:
-        ranks.by_first(lambda: _claim(plan, folder, stack, is_new=not continues))
+        if not continues:
+            ranks.by_first(lambda: _enter(stack, folder.claimed(plan.summary())))
+        ranks.by_first(lambda: folder.write("environment.json", environment()))
+        if plan.is_saved_whole:
+            ranks.by_first(lambda: plan.recipe.save(path / "recipe.json"))
         prepared = plan.prepare()
-        if folder.checkpoints:
-            prepared.load(next(reversed(folder.checkpoints.values())))
-    return folder, prepared, ranks.by_first(lambda: folder.rewind(prepared.steps_done))
+        notices += load_newest(prepared, folder, accept)
+        if notices and continues:
+            ranks.by_first(lambda: folder.write("plan.json", plan.summary()))
+    return prepared, ranks.by_first(lambda: folder.rewind(prepared.steps_done)), notices
+
+
+def _accepted(plan: TrainingPlan, folder: RunFolder, accept: Sequence[str]) -> list[str]:
+    """What the plan changes of the run that it continues, which has to be accepted.
+
+    Raises:
+        CheckpointError: something else is changed too.
+    """
+    from qwenft.training.checkpoint import require_same
+    from qwenft.training.differences import differences
+
+    path, begun = folder.path, folder.identity
+    changed = differences(begun, plan.identity)
+    if any(line.startswith("recipe.training.optimizer:") for line in changed):
+        accept = [place for place in accept if not "recipe.training.optimizer".startswith(place)]
+    fix = (
+        f'the recipe of the run, Recipe.load("{path}/recipe.json"), or another folder, "{path}-2" say; '
+        'what is meant to change can be accepted: train(..., accept=["recipe.training.learning_rate"])'
+    )
+    require_same(begun, plan.identity, subject="recipe", fix=fix, path=path, accept=accept)
+    return [f"changed, and accepted: {line}" for line in changed]
+
+
+def _require_places(plan: TrainingPlan, accept: Sequence[str]) -> None:
+    """Refuse to accept changes of what a recipe has not, or what state of the run depends on."""
+    known = ["recipe", *(f"recipe.{place}" for place in _places(plan.identity["recipe"])), "weights", "data"]
+    for place in accept:
+        if not place.startswith(("weights.", "data.")) and place not in known:
+            problem = f"accept={place!r}: no such place in a recipe{nearest(place, known)}"
+            raise SpecError(problem, fix='accept=["recipe.training.learning_rate"]', got=place, expected=known)
+
+
+def _places(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield name
+            yield from (f"{name}.{place}" for place in _places(inner))
+
+
+def _require_resume(resume: str) -> None:
+    if resume not in RESUME:
+        problem = f"train(resume={resume!r}): expected one of {', '.join(RESUME)}{nearest(str(resume), RESUME)}"
+        raise SpecError(problem, fix='resume="auto"', got=resume, expected=RESUME)
 
 
 def _continues(folder: RunFolder, resume: str) -> bool:
     """Whether a run goes on, and does not begin; the place allows what is asked."""
-    from qwenft.training.folder import require_free
-
     path = folder.path
     if resume == "must" and not folder.checkpoints:
         raise CheckpointError(f"{path} holds no checkpoint to continue from", fix='resume="auto"', path=path)
     if resume != "never" and folder.is_claimed:
         return True
-    require_free(path)
+    folder.require_free()
     return False
 
 
-def _claim(plan: TrainingPlan, folder: RunFolder, stack: ExitStack, *, is_new: bool) -> None:
-    """Make the folder of a new run, which is gone again where what follows in ``stack`` fails."""
-    from qwenft.training.folder import removed_on_error
-
-    if is_new:
-        folder.claim(folder.path, {"plan.json": plan.summary()})
-        stack.enter_context(removed_on_error(folder.path))
-    if plan.is_saved_whole:
-        plan.recipe.save(folder.path / "recipe.json")
+def _enter(stack: ExitStack, context: AbstractContextManager[None]) -> None:
+    stack.enter_context(context)
 
 
 def _leave_results(run: Run) -> None:
     """Write the adapter or the trained model, of the best step where it is kept."""
-    from qwenft.training.folder import RunFolder
+    from qwenft.training.run_folder import RunFolder
     from qwenft.training.saving import load_weights
 
     best = run.best_step

@@ -1,4 +1,4 @@
-"""A run that has ended, and what it left."""
+"""A run, and what it left."""
 
 from __future__ import annotations
 
@@ -11,28 +11,100 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from qwenft.errors import CheckpointError
+from qwenft.specs.parallel import ParallelSpec
 
 if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
+    from qwenft.recipe import Recipe
     from qwenft.specs.data import DataSpec
     from qwenft.training.engine import Prepared
     from qwenft.training_plan import TrainingPlan
 
 
+def open_run(path: str | os.PathLike[str], *, allow_modules: Sequence[str] = ()) -> Run:
+    """A run by its folder: one that has ended, or one that goes on, as it is at this moment.
+
+    Nothing is written, and no weight is read before the model is asked for something.
+
+    Args:
+        path: of the folder.
+        allow_modules: modules outside the package whose backends and losses the recipe may name: that runs their
+            code.
+
+    Raises:
+        CheckpointError: no run was begun there.
+    """
+    from qwenft.training.run_folder import RunFolder
+
+    folder = RunFolder(Path(path))
+    if not folder.is_claimed:
+        fix = f'plan.train("{path}"), or the folder that was given to it'
+        raise CheckpointError(f"{path} is no folder of a run: it holds no plan.json", fix=fix, path=folder.path)
+    return Run(folder.path, folder.history, folder.ending, allow_modules=tuple(allow_modules))
+
+
 @attrs.define(eq=False, repr=False, slots=False)
 class Run:
-    """A run that has ended.
+    """A run that has ended, or that :func:`open_run` found.
 
     Args:
         folder: where it lies.
-        plan: what it executed.
         history: a record a step, as in ``metrics.jsonl``.
-        ending: "finished", "stopped early" (its patience ended) or "interrupted" (by Ctrl-C or a signal).
+        ending: "finished", "stopped early" (its patience ended), "interrupted" (by Ctrl-C, a signal or a crash)
+            or "running".
+        signal: the name of the one that interrupted it, where this process was told.
+        allow_modules: see :func:`open_run`.
     """
 
     folder: Path
-    plan: TrainingPlan
     history: list[dict[str, Any]]
     ending: str
+    signal: str | None = None
+    allow_modules: tuple[str, ...] = ()
+
+    @cached_property
+    def plan(self) -> TrainingPlan:
+        """What it executed; of a run that was opened, compiled from its recipe for one process here.
+
+        Raises:
+            CheckpointError: the folder holds no recipe, as of a run with a backend that was defined in a notebook.
+        """
+        return self.recipe.with_parallel(ParallelSpec.single()).compile()
+
+    @property
+    def recipe(self) -> Recipe:
+        """What was asked for.
+
+        Raises:
+            CheckpointError: as of :attr:`plan`.
+        """
+        from qwenft.recipe import Recipe
+
+        if "plan" in self.__dict__:
+            return self.plan.recipe
+        return Recipe.load(self.folder / "recipe.json", allow_modules=self.allow_modules)
+
+    @property
+    def steps(self) -> int:
+        """How many were planned."""
+        from qwenft.training.run_folder import RunFolder
+
+        return RunFolder(self.folder).steps
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What it ran on, when it was begun or continued last: `versions`, `hardware`, `git`."""
+        return dict(json.loads((self.folder / "environment.json").read_text("utf-8")))
+
+    @property
+    def notices(self) -> list[str]:
+        """What the user was told on the way."""
+        path = self.folder / "notices.jsonl"
+        return (
+            [json.loads(line)["notice"] for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+        )
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -40,7 +112,7 @@ class Run:
 
         A run of other processes is loaded from its checkpoint when this is first asked for.
         """
-        from qwenft.training.folder import RunFolder
+        from qwenft.training.run_folder import RunFolder
         from qwenft.training.saving import load_weights
 
         prepared = self.plan.prepare()
@@ -57,7 +129,7 @@ class Run:
     @property
     def checkpoint(self) -> Path | None:
         """The newest checkpoint, from which ``train()`` continues."""
-        from qwenft.training.folder import RunFolder
+        from qwenft.training.run_folder import RunFolder
 
         return next(reversed(RunFolder(self.folder).checkpoints.values()), None)
 
@@ -71,7 +143,7 @@ class Run:
         """With ``keep_best`` the step of the lowest held-out loss, whose weights the run ends with."""
         from qwenft.training.loop import best_step
 
-        return best_step(self.history) if self.plan.recipe.training.keep_best else None
+        return best_step(self.history) if self.recipe.training.keep_best else None
 
     @property
     def samples(self) -> list[dict[str, Any]]:
@@ -189,9 +261,8 @@ class Run:
 
         adapter = self._result(merged=merged).name == "adapter"
         picture = "loss.png" if find_spec("matplotlib") else None
-        environment = json.loads((self.folder / "environment.json").read_text("utf-8"))
         place = Place(repo_id, revision, picture)
-        return render_card(self, place, adapter=adapter, environment=environment, terms=terms_of(self._base))
+        return render_card(self, place, adapter=adapter, environment=self.environment, terms=terms_of(self._base))
 
     def push(
         self, repo_id: str, *, merged: bool = False, private: bool = True, revision: str | None = None

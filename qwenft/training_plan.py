@@ -266,6 +266,7 @@ class TrainingPlan:
         run_dir: str | os.PathLike[str],
         resume: str = "auto",
         *,
+        accept: Sequence[str] = (),
         progress: bool = True,
         on_step: Callable[[dict[str, Any]], Any] | None = None,
         on_evaluate: Callable[[dict[str, Any]], Any] | None = None,
@@ -280,6 +281,9 @@ class TrainingPlan:
         Args:
             run_dir: a new or empty folder, or that of a run of the same recipe, weights and data.
             resume: "auto" continues what is there, "must" refuses to begin anew, "never" to continue.
+            accept: what may differ from the run that is continued, by its place, such as
+                ``"recipe.training.learning_rate"``, ``"recipe.data"`` or ``"data"``: the rest of the run is then
+                trained with what is new. Anything else that differs is refused, and so is another optimizer.
             progress: show a line of progress.
             on_step: called with the record of each step, as in ``metrics.jsonl``.
             on_evaluate: called with the record of each evaluation, and its answers under "samples".
@@ -293,9 +297,10 @@ class TrainingPlan:
             PlanError: something blocks the run here.
             DataError: the data are wrong.
             LeakError, ConformanceError: see :meth:`verify`.
-            CheckpointError: the folder holds something else, a checkpoint is damaged, or something cannot be
-                written; checkpoints that were there are whole.
+            CheckpointError: the folder holds something else, another process trains there, no checkpoint is whole,
+                or something cannot be written; checkpoints that were there are whole.
             NonFiniteError: a loss or gradient is not finite.
+            OutOfMemoryError: a step found too little memory.
         """
         from qwenft.execution import train
 
@@ -303,6 +308,7 @@ class TrainingPlan:
             self,
             Path(run_dir),
             resume=resume,
+            accept=accept,
             progress=progress,
             on_step=on_step,
             on_evaluate=on_evaluate,
@@ -316,6 +322,7 @@ class TrainingPlan:
         processes: int | None = None,
         *,
         resume: str = "auto",
+        accept: Sequence[str] = (),
         max_restarts: int = 0,
         progress: bool = True,
     ) -> Run:
@@ -328,6 +335,7 @@ class TrainingPlan:
             run_dir: as for :meth:`train`.
             processes: how many; one for each GPU where None.
             resume: as for :meth:`train`.
+            accept: as for :meth:`train`.
             max_restarts: how often all are started again after a failure; they go on from the last checkpoint.
             progress: show a line of progress.
 
@@ -347,6 +355,7 @@ class TrainingPlan:
             Path(run_dir),
             processes=processes or max(1, self.machine.accelerators),
             resume=resume,
+            accept=accept,
             max_restarts=max_restarts,
             progress=progress,
         )
@@ -566,12 +575,12 @@ class TrainingPlan:
     def identity(self) -> dict[str, Any]:
         """JSON values of all that a run's result depends on: the recipe, the base's weights, the tokenised data.
 
-        How often it is saved, how many checkpoints are kept, and what processes share, is not among them.
+        When it is saved, what is done where something fails, and what processes share, is not among them.
         """
         from qwenft.models.checkpoint import file_digest, weight_digests
 
         recipe = Codec(folder=None).dump(self.recipe)
-        for name in ("save_every", "keep_checkpoints"):
+        for name in ("save_every", "keep_checkpoints", "failed_save", "non_finite", "max_skipped"):
             del recipe["training"][name]
         del recipe["parallel"], recipe["notes"]
         values = {"recipe": recipe, "weights": weight_digests(self._folder), "data": self._corpus.digests}

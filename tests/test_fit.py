@@ -61,6 +61,7 @@ def test_fit_changes_what_is_exact_before_what_is_not(dense_checkpoint, needed):
     assert asked.fit(computer(needed[1])) == asked.with_training(activation_checkpointing=1)
 
 
+@pytest.mark.long
 def test_fit_gives_up_memory_that_is_there_for_time(dense_checkpoint, needed):
     """Where everything can be kept, nothing is computed twice; and what fits as it is, and is fast, stays."""
     kept = recipe(dense_checkpoint).fit(computer(needed[0]))

@@ -16,6 +16,7 @@ PUBLIC = [
     "BackendUnavailable",
     "CheckpointError",
     "ConformanceError",
+    "DamagedError",
     "DataError",
     "DataSpec",
     "LeakError",
@@ -23,6 +24,7 @@ PUBLIC = [
     "Machine",
     "ModelSpec",
     "NonFiniteError",
+    "OutOfMemoryError",
     "ParallelSpec",
     "PlanError",
     "QwenftError",
@@ -35,6 +37,7 @@ PUBLIC = [
     "__version__",
     "from_axolotl",
     "merge_adapter",
+    "open_run",
     "preset",
     "presets",
 ]

@@ -43,6 +43,12 @@ class Place:
     digest: str = ""
 
 
+def places_text(documents: Sequence[tuple[str, int]]) -> str:
+    """The files and rows of some documents, for a message."""
+    more = f" and {len(documents) - 8} more" if len(documents) > 8 else ""
+    return ", ".join(f"{file}, row {row}" for file, row in documents[:8]) + more
+
+
 @attrs.frozen(eq=False)
 class VisionInputs:
     """The images and videos of a micro-batch, in the order of the stream.

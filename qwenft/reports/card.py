@@ -26,7 +26,7 @@ _FILES = 10  # of data or weights, shown with their digests; all of them are in 
 _COLUMNS = 60  # of a curve of bars
 _METRICS = ("held_out_loss", "held_out_perplexity", "held_out_accuracy")
 # Of a training spec, what watches and keeps a run; the questions asked on the way are the user's own.
-_NO_SETTINGS = {"sample_prompts", "sample_tokens", "save_every", "keep_checkpoints"}
+_NO_SETTINGS = {"sample_prompts", "sample_tokens", "save_every", "keep_checkpoints", "failed_save", "max_skipped"}
 
 # Of an adapter spec, what full fine-tuning has no use for.
 _OF_PAIRS = {"rank", "alpha", "dropout", "rslora", "dora", "initialization"}
@@ -48,7 +48,7 @@ class Place:
 
 
 def render_card(
-    run: Run, place: Place, *, adapter: bool, environment: Mapping[str, str], terms: Mapping[str, str]
+    run: Run, place: Place, *, adapter: bool, environment: Mapping[str, Any], terms: Mapping[str, str]
 ) -> str:
     """The card as Markdown below a header of metadata.
 
@@ -58,7 +58,7 @@ def render_card(
         run: what was trained.
         place: where the card will lie.
         adapter: it speaks of an adapter beside its base; else of a whole model.
-        environment: version of each library.
+        environment: of ``environment.json``.
         terms: the license of the base, under the names of the metadata; empty where it is not known.
     """
     plan = run.plan
@@ -70,7 +70,7 @@ def render_card(
         ("Settings", _table(("", ""), _settings(plan))),
         ("Data", _data(plan)),
         ("Base", _digests("file", list(plan.identity["weights"].items()))),
-        ("Versions", _table(("", ""), [*environment.items(), ("plan", plan.fingerprint)])),
+        ("Versions", _table(("", ""), [*environment["versions"].items(), ("plan", plan.fingerprint)])),
     ]
     sections = [f"## {title}\n\n{body}" if title else body for title, body in parts]
     name = place.repo_id.rpartition("/")[2]

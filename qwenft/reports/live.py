@@ -51,7 +51,7 @@ class Progress:
         """Show the record of a step."""
         held_out = {} if self.held_out is None else {"held out": f"{self.held_out:.3f}"}
         left = self.time_left.after(record)
-        self.bar.update()
+        self.bar.update(record["step"] - self.bar.n)  # steps that were left out have told nothing
         self.bar.set_postfix(
             {
                 "left": time_text(left),

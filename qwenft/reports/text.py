@@ -315,7 +315,8 @@ def render_run(run: Run) -> str:
     if run.best_step is not None and run.ending != "interrupted":
         lines.append(f"with the weights of step {run.best_step:,}, the best")
     if run.ending != "finished":
-        lines.append(f"{run.ending} at step {run.history[-1]['step']:,} of {run.plan.data.steps:,}")
+        done = run.history[-1]["step"] if run.history else 0
+        lines.append(f"{run.ending} at step {done:,} of {run.steps:,}")
     if run.ending == "interrupted":
         lines.append(f'plan.train("{run.folder}") continues from {run.checkpoint}')
     return ", ".join(lines)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import operator
+import os
 from collections.abc import Callable
+from functools import partial
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, TypeVar, get_origin
 
@@ -138,7 +140,8 @@ class Codec:
     def _dump_rows(self, rows: Rows) -> dict[str, str]:
         name = _rows_name(rows)
         if self.folder is not None and not (self.folder / name).exists():
-            write_atomically(self.folder / name, "".join(f"{line}\n" for line in rows.lines()))
+            lines = "".join(f"{line}\n" for line in rows.lines())
+            write_atomically(self.folder / name, lines, permissions=0o600)  # the user's data
         return {"rows": name}
 
     def _load_source(self, value: Any, _: Any) -> Any:
@@ -229,11 +232,14 @@ def _fields_problem(backend: Backend) -> SpecError | None:
     )
 
 
-def write_atomically(path: Path, content: str) -> None:
-    """Write a text file beside its place and rename it, so that no half of it is ever seen."""
+def write_atomically(path: Path, content: str, *, permissions: int = 0o666) -> None:
+    """Write a text file beside its place and rename it: no half of it is ever seen, after a crash either."""
     beside = path.with_name(f".{path.name}.writing")
     try:
-        beside.write_text(content, encoding="utf-8")
+        with open(beside, "w", encoding="utf-8", opener=partial(os.open, mode=permissions)) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

@@ -113,6 +113,11 @@ class TrainingSpec:
         sample_tokens: the longest such answer.
         save_every: steps between checkpoints; a tenth of the run where None. The last step is always saved.
         keep_checkpoints: how many of the newest stay on disk, the best one apart.
+        failed_save: where a checkpoint cannot be written, "continue" says so and goes on to the next, and "stop"
+            ends the run; the last one always does.
+        non_finite: where a loss or gradient is not finite, "stop" ends the run, and "skip" leaves the step out:
+            nothing learns from its documents, which the records list.
+        max_skipped: how many steps of a run may be left out so.
 
     Examples:
         >>> TrainingSpec(learning_rate=1e-4, max_steps=500).schedule
@@ -272,6 +277,16 @@ class TrainingSpec:
     keep_checkpoints: int = attrs.field(
         default=2, kw_only=True, validator=whole("TrainingSpec(keep_checkpoints=2)")
     )
+
+    failed_save: str = attrs.field(
+        default="continue",
+        kw_only=True,
+        validator=one_of(("continue", "stop"), 'TrainingSpec(failed_save="continue")'),
+    )
+    non_finite: str = attrs.field(
+        default="stop", kw_only=True, validator=one_of(("stop", "skip"), 'TrainingSpec(non_finite="skip")')
+    )
+    max_skipped: int = attrs.field(default=10, kw_only=True, validator=whole("TrainingSpec(max_skipped=10)"))
 
     def __attrs_post_init__(self) -> None:
         if self.epochs is not None and self.max_steps is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import warnings
 from functools import lru_cache
 from threading import Thread
@@ -19,30 +20,33 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from qwenft.errors import CheckpointError
+from qwenft.errors import CheckpointError, DamagedError
 from qwenft.models.export import Update
 from qwenft.models.weights import canonical
 from qwenft.training.differences import differences
+from qwenft.training.environment import versions
 from qwenft.training.folder import (
     abandon_folder,
     begin_folder,
     beside,
     cannot_be_written,
-    environment,
     flush,
     place_folder,
 )
 from qwenft.training.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 FORMAT = 3
+#: What safetensors and torch's reader raise where a file cannot be read; the last of them is no Exception.
+_READ_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
 MANIFEST = "manifest.json"
 
 
@@ -69,7 +73,9 @@ class Writing:
         starts: Mapping[str, int] | None = None,
     ) -> None:
         self.path, self._values, self._ranks, self._starts = path, values, ranks, starts or {}
-        ranks.by_first(lambda: begin_folder(path))
+        own = sum(tensor.nbytes for held in tensors.values() for tensor in held.values())
+        (needed,) = ranks.sum([own])
+        ranks.by_first(lambda: self._begin(int(needed)))
         self._tensors = {
             name: {
                 key: tensor.detach().to("cpu", copy=ranks.count > 1).contiguous() for key, tensor in held.items()
@@ -101,6 +107,14 @@ class Writing:
             if self._ranks.is_first:
                 abandon_folder(self.path)
 
+    def _begin(self, needed: int) -> None:
+        begin_folder(self.path)
+        free = shutil.disk_usage(self.path.parent).free
+        if needed > free:
+            abandon_folder(self.path)
+            problem = f"{self.path}: cannot be written: it takes {needed:,} bytes, and the disk has {free:,} left"
+            raise CheckpointError(problem, path=self.path)
+
     def _write(self) -> None:
         rank, count = self._ranks.rank + 1, self._ranks.count
         suffix = "" if count == 1 else f"-{rank:05}-of-{count:05}"
@@ -130,7 +144,7 @@ class Writing:
             raise cannot_be_written(self.path, self._error)
 
     def _place(self, files: dict[str, Any]) -> None:
-        manifest = {"format": FORMAT, **self._values, "environment": environment(), "files": files}
+        manifest = {"format": FORMAT, **self._values, "environment": versions(), "files": files}
         try:
             (beside(self.path) / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
             place_folder(self.path)
@@ -142,7 +156,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The values of a checkpoint, its files checked against it.
 
     Raises:
-        CheckpointError: it is no checkpoint, or of another format, or a file is missing, cut or altered.
+        DamagedError: it has no manifest, or a file is missing, cut or altered.
+        CheckpointError: it is of another format, or cannot be read at the moment.
     """
     fix = f"remove {path}, and continue from the checkpoint before it"
     try:
@@ -150,9 +165,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         written_as, files = manifest["format"], dict(manifest["files"])
     except OSError as error:
         problem = f"{path} is no checkpoint: {MANIFEST} cannot be read: {error.strerror}"
-        raise CheckpointError(problem, path=path) from None
+        raise _unreadable(error)(problem, path=path) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: is damaged: {error!r}", fix=fix, path=path) from None
+        raise DamagedError(f"{path / MANIFEST}: is damaged: {error!r}", fix=fix, path=path) from None
     if written_as != FORMAT:
         raise CheckpointError(
             f"{path}: expected a checkpoint of format {FORMAT}, got {written_as!r}",
@@ -163,15 +178,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
         try:
             found = _describe(path / name)
         except OSError as error:
-            raise CheckpointError(f"{path / name}: cannot be read: {error.strerror}", fix=fix, path=path) from None
+            problem = f"{path / name}: cannot be read: {error.strerror}"
+            raise _unreadable(error)(problem, fix=fix, path=path) from None
         if found != expected:
             what = "bytes" if found["bytes"] != expected["bytes"] else "sha256"
-            raise CheckpointError(
+            raise DamagedError(
                 f"{path / name}: is damaged: expected {what} {expected[what]}, got {found[what]}",
                 fix=fix,
                 path=path,
             )
     return dict(manifest)
+
+
+def _unreadable(error: OSError) -> type[CheckpointError]:
+    """What is gone is damaged; what cannot be read may be whole."""
+    return DamagedError if isinstance(error, FileNotFoundError) else CheckpointError
 
 
 def stored_tensors(path: Path) -> dict[str, dict[str, tuple[torch.Size, torch.dtype]]]:
@@ -182,8 +203,8 @@ def stored_tensors(path: Path) -> dict[str, dict[str, tuple[torch.Size, torch.dt
     """
     try:
         metadata = HuggingFaceStorageReader(str(path)).read_metadata()
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}", path=path) from None
+    except _READ_ERRORS as error:
+        raise _not_read(path, error) from error
     found: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}, "random": {}}
     for place, stored in metadata.storage_data.items():
         tensor = metadata.state_dict_metadata[place.fqn]
@@ -204,8 +225,13 @@ def read_tensors(path: Path, wanted: dict[str, torch.Tensor]) -> None:
             # Every process plans and reads for itself.
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}", path=path) from None
+    except _READ_ERRORS as error:
+        raise _not_read(path, error) from error
+
+
+def _not_read(path: Path, error: BaseException) -> CheckpointError:
+    """What torch wraps is in its last line."""
+    return CheckpointError(f"{path}: cannot be read: {str(error).strip().splitlines()[-1]}", path=path)
 
 
 def trained_in(path: Path) -> dict[str, Update]:
@@ -225,7 +251,9 @@ def trained_in(path: Path) -> dict[str, Update]:
     return {canonical(name): update(name) for name in stored}
 
 
-def require_same(saved: Any, present: Any, *, subject: str, fix: str, path: Path) -> None:
+def require_same(
+    saved: Any, present: Any, *, subject: str, fix: str, path: Path, accept: Sequence[str] = ()
+) -> None:
     """Refuse to go on from something else than what is trained now.
 
     Args:
@@ -234,14 +262,19 @@ def require_same(saved: Any, present: Any, *, subject: str, fix: str, path: Path
         subject: what is compared, for the message.
         fix: what mends it.
         path: where ``saved`` lies.
+        accept: places that may differ, with all that is in them: "recipe.training", say.
 
     Raises:
         CheckpointError: they differ; the message lists each difference, and `.differences` holds them.
     """
-    found = differences(saved, present)
+    found = [line for line in differences(saved, present) if not _is_in(line.partition(": ")[0], accept)]
     if found:
         listed = "".join(f"\n     {line}" for line in found)
         raise CheckpointError(f"{path} is of another {subject}:{listed}", fix=fix, path=path, differences=found)
+
+
+def _is_in(place: str, places: Sequence[str]) -> bool:
+    return any(f"{place}.".startswith(f"{other}.") for other in places)
 
 
 def _describe(file: Path) -> dict[str, Any]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qwenft.data.stream import Batch, Place
+from qwenft.data.stream import Batch, Place, places_text
 from qwenft.errors import DataError, NonFiniteError, SpecError
 from qwenft.kernels.fusion import compile_seconds
+from qwenft.models.lora import base_name, unwrapped
 from qwenft.training.allocator import keep_freed_memory
+from qwenft.training.diagnosis import first_not_finite, last_not_finite
 from qwenft.training.in_backward import step_in_backward
 from qwenft.training.learner import Learner
 from qwenft.training.optim import build_schedule
@@ -114,6 +117,7 @@ class Prepared(Learner):
         self.expert_counts = None
         with self.algorithms():
             loss, mtp_loss, grad_norm = update(batches, tokens)
+        self.micro_batch = None
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         self.steps_done += 1
@@ -145,8 +149,9 @@ class Prepared(Learner):
         losses = torch.stack(parts).tolist()
         total = self.ranks.sum([sum(losses)])[0]
         if not all(math.isfinite(value) for value in (total, grad_norm)):
+            layer = None if not math.isfinite(total) else self._last_not_finite()
             self.optimizer.zero_grad(set_to_none=True)
-            raise self._not_finite(batches, losses, grad_norm)
+            raise self._not_finite(batches, losses, grad_norm, layer=layer)
         self.optimizer.step()
         return *self._apart(total, mtp, tokens), grad_norm
 
@@ -158,6 +163,7 @@ class Prepared(Learner):
                 fix="prepared.step([batch]), or optimizer_in_backward=False",
                 got=len(batches),
             )
+        self.micro_batch = batches[0]
         found = self.loss(batches[0])
         total = found.total / tokens
         own = float(total.detach())
@@ -206,45 +212,82 @@ class Prepared(Learner):
         begin_save(self, Path(path)).finish()
         return Path(path)
 
-    def load(self, path: str | os.PathLike[str]) -> None:
+    def load(self, path: str | os.PathLike[str], accept: Sequence[str] = ()) -> None:
         """Go on from a checkpoint; where it is refused, nothing was changed.
 
         In another number of processes than made it, dropout, noise and stochastic rounding draw anew.
 
+        Args:
+            path: of its folder.
+            accept: what may differ from what it was made with; see :meth:`qwenft.TrainingPlan.train`.
+
         Raises:
-            CheckpointError: it is damaged, or of another recipe, model or data.
+            DamagedError: its files are not what was written.
+            CheckpointError: it is of another recipe, model or data.
         """
-        load(self, Path(path))
+        load(self, Path(path), accept)
 
     def _learning_rate(self) -> float:
         groups, peak = self.optimizer.param_groups, self.training.learning_rate
         common = next((group for group in groups if group["initial_lr"] == peak), groups[0])
         return float(common["lr"])
 
+    def skip(self, batches: Sequence[Batch]) -> None:
+        """Leave out a step that :meth:`step` refused: the schedule and the place in the data go on without it."""
+        with warnings.catch_warnings():
+            # Where it is the first, torch expects the optimizer to have stepped before the schedule.
+            warnings.filterwarnings("ignore", "Detected call of", UserWarning)
+            self.schedule.step()
+        self.steps_done += 1
+        self.place = batches[-1].following or self.place
+
     def _not_finite(
-        self, batches: Sequence[Batch], losses: Sequence[float], grad_norm: float, *, changed: bool = False
+        self,
+        batches: Sequence[Batch],
+        losses: Sequence[float],
+        grad_norm: float,
+        *,
+        layer: str | None = None,
+        changed: bool = False,
     ) -> NonFiniteError:
         """The error that names the documents whose own loss is not finite, or those that may have caused it."""
         rows = [batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
-        rows = rows if any(self.ranks.gather(bool(rows))) else list(batches)
-        guilty = [] if changed or self.ranks.count > 1 else self._not_finite_alone(rows)
+        in_forward = any(self.ranks.gather(bool(rows)))
+        rows = rows if in_forward else list(batches)
+        devices = [torch.cuda.current_device()] if self.device == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad():
+            guilty = [] if changed or self.ranks.count > 1 else self._not_finite_alone(rows)
+            if in_forward:
+                layer = self._first_not_finite((guilty or rows or list(batches))[0])
         places = [place for document in guilty or rows for place in document.documents]
         documents = [place for told in self.ranks.gather(places) for place in told]
-        listed = ", ".join(f"{file}, row {row}" for file, row in documents[:8])
-        more = f" and {len(documents) - 8} more" if len(documents) > 8 else ""
+        began = "" if layer is None else f"; it began in {layer}, {'forward' if in_forward else 'backward'}"
         return NonFiniteError(
             f"step {self.steps_done + 1}: loss {sum(losses)}, gradient norm {grad_norm}; "
-            f"{'in' if guilty else 'in one of'} {listed}{more}"
+            f"{'in' if guilty else 'in one of'} {places_text(documents)}{began}"
             + ("; the optimizer stepped in backward: parameters are not finite any more" if changed else ""),
             fix="look at these documents; where they are right, a smaller learning_rate or a longer warmup_ratio",
             step=self.steps_done + 1,
             loss=sum(losses),
             grad_norm=grad_norm,
             documents=tuple(documents),
+            layer=layer,
         )
 
-    @torch.no_grad()
     def _not_finite_alone(self, rows: Sequence[Batch]) -> list[Batch]:
         """The documents whose own loss is not finite; of several processes all would have to ask for as many."""
         alone = [(document, self.loss(document)) for row in rows for document in row.split()]
         return [document for document, loss in alone if not math.isfinite(float(loss.total))]
+
+    def _first_not_finite(self, batch: Batch) -> str | None:
+        """The module in which a forward pass, one of each process, stops being finite."""
+        with first_not_finite(self.model) as found:
+            loss = self.loss(batch).total
+        own = found[0] if found else None if math.isfinite(float(loss)) else "the loss"
+        return next((layer for layer in self.ranks.gather(own) if layer is not None), None)
+
+    def _last_not_finite(self) -> str | None:
+        """The weight with which gradients stop being finite in backward, of the parts of all processes."""
+        found = self.ranks.gather(last_not_finite({name: part.grad for name, part in self.trained.items()}))
+        order = {unwrapped(base_name(name)): place for place, name in enumerate(self.trained)}
+        return max((name for name in found if name is not None), key=order.__getitem__, default=None)

@@ -1,26 +1,19 @@
-"""A run folder: claimed whole or not at all."""
+"""Folders that take their place whole or not at all."""
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import shutil
 from contextlib import contextmanager
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import attrs
 from safetensors import SafetensorError
 
 from qwenft.errors import CheckpointError
-from qwenft.specs.codec import write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
-
-_LIBRARIES = ("qwenft", "torch", "transformers", "peft", "bitsandbytes", "datasets", "tokenizers", "safetensors")
 
 
 @contextmanager
@@ -104,129 +97,3 @@ def require_free(path: Path) -> None:
         raise CheckpointError(
             f"{path} exists already, and is not overwritten", fix=f'another folder, "{path}-2" say', path=path
         )
-
-
-@attrs.frozen
-class RunFolder:
-    """The files of a run: ``plan.json``, ``environment.json``, ``metrics.jsonl``, ``checkpoints/step-N``, results.
-
-    Args:
-        path: of the folder.
-    """
-
-    path: Path
-
-    @classmethod
-    def claim(cls, path: Path, contents: dict[str, Any]) -> RunFolder:
-        """Make the folder of a new run, which holds these JSON values and what it runs on.
-
-        Raises:
-            CheckpointError: the place is taken, or cannot be written.
-        """
-        with new_folder(path) as folder:
-            for name, value in {**contents, "environment.json": environment()}.items():
-                (folder / name).write_text(
-                    json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-                )
-        return cls(path)
-
-    @property
-    def is_claimed(self) -> bool:
-        """Whether a run was begun here."""
-        return (self.path / "plan.json").is_file()
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What the run was begun with: all that its result depends on.
-
-        Raises:
-            CheckpointError: the file that says so is damaged, or is no plan of a run.
-        """
-        path = self.path / "plan.json"
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8"))["identity"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is no plan of a run: {error!r}", path=path) from None
-
-    @property
-    def checkpoints(self) -> dict[int, Path]:
-        """Steps and folders of the checkpoints, the earliest first."""
-        found = self.path.glob("checkpoints/step-*")
-        return dict(sorted((int(path.name.removeprefix("step-")), path) for path in found))
-
-    def checkpoint(self, step: int) -> Path:
-        """The folder of a step's checkpoint, there or not."""
-        return self.path / "checkpoints" / f"step-{step}"
-
-    def drop_checkpoints(self, *, keep: int, best: int | None) -> None:
-        """Remove all but the newest ``keep`` checkpoints and that of the step ``best``."""
-        checkpoints = self.checkpoints
-        for step in [step for step in list(checkpoints)[:-keep] if step != best]:
-            leaving = checkpoints[step].with_name(f".step-{step}.leaving")
-            checkpoints[step].rename(leaving)  # what is half removed must not look like a checkpoint
-            shutil.rmtree(leaving)
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object a step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """The records of the metrics."""
-        return _whole_lines(self.metrics) if self.metrics.exists() else []
-
-    def append(self, name: str, values: dict[str, Any]) -> None:
-        """Add a line to a file of JSON lines."""
-        with (self.path / name).open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(values, ensure_ascii=False) + "\n")
-
-    def list_skipped(self, errors: Iterable[str]) -> None:
-        """Add the errors of rows that are left out to ``skipped.jsonl``, each once."""
-        new = dict.fromkeys(errors)
-        if new and (path := self.path / "skipped.jsonl").exists():
-            for line in _whole_lines(path):
-                new.pop(line["error"], None)
-        for error in new:
-            self.append("skipped.jsonl", {"error": error})
-
-    def flush(self) -> None:
-        """Wait until the metrics are on the disk: a checkpoint must not outlive its history."""
-        if self.metrics.exists():
-            flush(self.metrics)
-
-    def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Cut the files of JSON lines behind ``step``, and return the metrics up to there.
-
-        A run that was stopped between two checkpoints wrote lines of steps that it is going to repeat; what it
-        left half written is removed.
-        """
-        for unfinished in self.path.glob("checkpoints/.*"):
-            shutil.rmtree(unfinished)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            if (self.path / name).exists():
-                kept = [record for record in _whole_lines(self.path / name) if record["step"] <= step]
-                write_atomically(self.path / name, "".join(f"{json.dumps(r, ensure_ascii=False)}\n" for r in kept))
-        self.flush()
-        return self.history
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file; a last line that was cut by a crash is none."""
-    lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1]]
-
-
-@contextmanager
-def removed_on_error(folder: Path) -> Iterator[None]:
-    """Take a folder that was just claimed away again where what follows fails, so that it can be claimed anew."""
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def environment() -> dict[str, str]:
-    """Versions of the interpreter and of the libraries that results depend on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}

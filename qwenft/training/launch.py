@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+    from qwenft.training.run_folder import RunFolder
+
 _POLL = 0.5  # seconds
 #: What a process says that could not reach another one.
 _ECHOES = ("RankError", "Connection closed by peer", "Connection reset by peer", "recvWait", "DistBackendError")
@@ -35,9 +37,9 @@ def launch(
     *,
     processes: int,
     max_restarts: int,
-    metrics: Path,
-    after: int,
+    folder: RunFolder,
     on_record: Callable[[dict[str, Any]], Any],
+    on_notice: Callable[[str], Any],
 ) -> None:
     """Run ``python -m qwenft`` in several processes on this machine, until all of them have ended.
 
@@ -48,9 +50,9 @@ def launch(
         arguments: of the command.
         processes: how many.
         max_restarts: how often all are started again.
-        metrics: the file to which the first of them adds a line a step.
-        after: the last step that is in it already.
-        on_record: called with the line of each later step while they run.
+        folder: of the run, to whose metrics the first of them adds a line a step.
+        on_record: called with the line of each new step while they run.
+        on_notice: called with each sentence that they have for the user.
 
     Raises:
         RankError: one failed; with its traceback.
@@ -69,7 +71,7 @@ def launch(
             logs_specs=DefaultLogsSpecs(log_dir=logs, redirects=Std.ALL),
         )
         over = Event()
-        watcher = Thread(target=_watch, args=(metrics, after, on_record, over), daemon=True)
+        watcher = Thread(target=_watch, args=(folder, on_record, on_notice, over), daemon=True)
         watcher.start()
         try:
             with _own_handlers():
@@ -77,7 +79,7 @@ def launch(
         except ChildFailedError as failed:
             raise _first_failure(failed) from None
         except (KeyboardInterrupt, SignalException):  # they were told, and waited for
-            if not metrics.exists():
+            if not folder.metrics.exists():
                 raise KeyboardInterrupt from None
         finally:
             over.set()
@@ -97,26 +99,51 @@ def _own_handlers() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def _watch(metrics: Path, after: int, on_record: Callable[[dict[str, Any]], Any], over: Event) -> None:
-    """Hand on the record of every step behind ``after``, once; those that are repeated are not told again."""
-    file, done = None, 0
+def _watch(
+    folder: RunFolder, on_record: Callable[[dict[str, Any]], Any], on_notice: Callable[[str], Any], over: Event
+) -> None:
+    """Hand on what is new: of every step its record, once, those that are repeated not again; and all notices."""
+    after = folder.history[-1]["step"] if folder.history else -1
+    metrics, notices = _Tail(folder.metrics), _Tail(folder.notices)
+    notices.lines()
     while True:
         is_over = over.wait(_POLL)
-        if metrics.exists():
-            with metrics.open("rb") as lines:
-                if (found := os.fstat(lines.fileno()).st_ino) != file:
-                    file, done = found, 0  # a run that goes on writes it anew, without what it repeats
-                lines.seek(done)
-                for line in lines:
-                    if not line.endswith(b"\n"):
-                        break
-                    done += len(line)
-                    record = json.loads(line)
-                    if record["step"] > after:
-                        after = record["step"]
-                        on_record(record)
+        for record in metrics.lines():
+            if record["step"] > after:
+                after = record["step"]
+                on_record(record)
+        for record in notices.lines():
+            on_notice(record["notice"])
         if is_over:
             return
+
+
+class _Tail:
+    """The lines that a file of JSON lines gets; of one that is written anew all of them again.
+
+    Args:
+        path: of the file, there or not.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file, self.done = -1, 0
+
+    def lines(self) -> list[Any]:
+        """Those since the last time, whole ones alone."""
+        if not self.path.exists():
+            return []
+        found = []
+        with self.path.open("rb") as lines:
+            if (file := os.fstat(lines.fileno()).st_ino) != self.file:
+                self.file, self.done = file, 0
+            lines.seek(self.done)
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break
+                self.done += len(line)
+                found.append(json.loads(line))
+        return found
 
 
 def _first_failure(failed: ChildFailedError) -> RankError:

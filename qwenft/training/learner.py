@@ -50,6 +50,7 @@ class Learner:
         optimizer: over these.
         expert_counts: [layers, experts] how often each was chosen in the last step; in the last layer by
             supervised tokens alone, which are all that reach it. None of a dense model.
+        micro_batch: the one that a step is at; None between them.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Learner:
         parts = [(name, part) for name, part in self.trained.items() if part.numel()]
         self.optimizer = build_optimizer(parts, training, role_of)
         self.expert_counts: torch.Tensor | None = None
+        self.micro_batch: Batch | None = None
         self.model.train()
 
     def hidden(self, batch: Batch, wanted: torch.Tensor | None = None) -> torch.Tensor:
@@ -235,16 +237,22 @@ class Learner:
         """
         parts, mtp = [], []
         for batch in batches:
+            self.micro_batch = batch
             loss = self.loss(batch)
             part = loss.total / tokens
             (part * self.shares.averaged_over).backward()
             parts.append(part.detach())
             mtp.append(loss.mtp)
+        self.micro_batch = None
         self.shares.sum_whole()
         return parts, mtp
 
     def clip_gradients(self) -> torch.Tensor:
-        """Scale the gradients down to the limit, and return their norm before."""
+        """Scale the gradients down to the limit, and return their norm before.
+
+        Of those that are not finite, none makes another one so.
+        """
         norm, limit = self.shares.norm(), self.training.max_grad_norm
-        torch.nn.utils.clip_grads_with_norm_(self.trained.values(), math.inf if limit is None else limit, norm)
+        if limit is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.trained.values(), limit, norm.nan_to_num(math.inf, math.inf))
         return norm

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import attrs
-import torch
 
 from qwenft.data.chat import ChatEncoder
-from qwenft.errors import CheckpointError
+from qwenft.data.stream import places_text
+from qwenft.errors import CheckpointError, NonFiniteError, RankError
 from qwenft.models.generate import answer
+from qwenft.training.diagnosis import usual_loss
 from qwenft.training.interruption import Interruption
+from qwenft.training.memory_use import is_shortage, peak_bytes, shortage
+from qwenft.training.results import FINISHED, INTERRUPTED, STOPPED_EARLY, Ending
 from qwenft.training.saving import begin_save
+from qwenft.training.stalls import Pulse, is_of_collective, listed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from pathlib import Path
 
+    from qwenft.data.stream import Batch
     from qwenft.training.checkpoint import Writing
     from qwenft.training.engine import Prepared
-    from qwenft.training.folder import RunFolder
+    from qwenft.training.run_folder import RunFolder
 
-#: How a run can end.
-FINISHED, STOPPED_EARLY, INTERRUPTED = "finished", "stopped early", "interrupted"
 SAVES = 10  # checkpoints of a run whose recipe gives no interval
 
 
@@ -48,7 +50,7 @@ class Listeners:
 
 def train(
     prepared: Prepared, folder: RunFolder, history: list[dict[str, Any]], listeners: Listeners, *, state_bytes: int
-) -> str:
+) -> Ending:
     """Train to the end of the recipe, from where ``prepared`` stands.
 
     All processes of a run call it; the first of them alone writes metrics and tells who listens.
@@ -63,60 +65,45 @@ def train(
         listeners: who is told.
         state_bytes: of weights, gradients and optimizer, repeated in every record.
 
-    Returns:
-        How it ended.
-
     Raises:
-        CheckpointError: a checkpoint cannot be written; those before it are whole.
-        NonFiniteError: a loss or gradient is not finite.
+        CheckpointError: a checkpoint cannot be written, and the recipe does not go on without or it is the last;
+            those before it are whole.
+        NonFiniteError: a loss or gradient is not finite, and the recipe does not leave the step out.
+        OutOfMemoryError: a step found too little memory.
+        RankError: another process stalled or is gone.
         KeyboardInterrupt: a second signal came.
     """
     course, ranks = _Course(prepared, folder, history, listeners), prepared.ranks
     if not history and (before := course.evaluation(0)):
         course.record({"step": 0, **before})
     course.list_skipped(prepared.corpus.report.skipped)
-    with Interruption(listeners.on_notice) as interruption:
+    with Interruption(listeners.on_notice) as interruption, Pulse(ranks, listeners.on_notice) as pulse:
         for epoch, batches in prepared.remaining():
             if course.is_exhausted():
                 break
-            started = time.perf_counter()
-            result = prepared.step(batches)
-            seconds = time.perf_counter() - started
-            values = {
-                **{name: value for name, value in attrs.asdict(result).items() if value not in ((), None)},
-                "epoch": epoch,
-                "ranks": ranks.count,
-                "seconds": seconds,
-                "tokens_per_second": result.stream_tokens / seconds,
-                **course.held(state_bytes),
-            }
+            pulse.step = prepared.steps_done + 1
+            values = course.trained(batches, pulse)
+            values |= {"epoch": epoch, "ranks": ranks.count, **course.held(state_bytes)}
+            step = values["step"]
             course.list_skipped(map(str, prepared.corpus.train.take_skipped()))
-            course.record({**values, **course.evaluation(result.step)})
-            told = ranks.gather((interruption.signal is not None, course.is_written))
-            is_interrupted = any(asked for asked, _ in told)
+            course.record({**values, **course.evaluation(step)})
+            told = ranks.gather((interruption.signal, course.is_written))
+            signals = [signal for signal, _ in told if signal is not None]
             if all(is_written for _, is_written in told):
                 course.finish_save()
-            if is_interrupted or course.is_saved(result.step) or course.is_exhausted():
-                course.save(result.step)
-            if is_interrupted and result.step < course.steps:
+            if signals or course.is_saved(step) or course.is_exhausted():
+                course.save(step, is_last=bool(signals) or step == course.steps or course.is_exhausted())
+            if signals and step < course.steps:
                 course.finish_save()
-                return INTERRUPTED
+                return Ending(INTERRUPTED, signals[0])
     course.finish_save()
-    return STOPPED_EARLY if course.is_exhausted() else FINISHED
+    return Ending(STOPPED_EARLY if course.is_exhausted() else FINISHED)
 
 
 def best_step(history: list[dict[str, Any]]) -> int | None:
     """The trained step of the lowest held-out loss; None where none was evaluated."""
     evaluated = [record for record in history if record["step"] and "held_out_loss" in record]
     return min(evaluated, key=lambda record: record["held_out_loss"])["step"] if evaluated else None
-
-
-def peak_bytes(device: str) -> int:
-    """The most memory so far: of the GPU's tensors, or of the process on a CPU."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @attrs.define
@@ -128,11 +115,68 @@ class _Course:
     history: list[dict[str, Any]]
     listeners: Listeners
     evaluated: list[dict[str, Any]] = attrs.field(init=False)
+    losses: list[float] = attrs.field(init=False)
+    skipped: int = attrs.field(init=False)
     writing: Writing | None = None
+    writes_last: bool = False
     state_bytes: int | None = None
 
     def __attrs_post_init__(self) -> None:
         self.evaluated = [record for record in self.history if "held_out_loss" in record]
+        self.losses = [record["loss"] for record in self.history if "loss" in record]
+        self.skipped = sum("skipped" in record for record in self.history)
+
+    def trained(self, batches: Sequence[Batch], pulse: Pulse) -> dict[str, Any]:
+        """Train a step; what is recorded of it."""
+        prepared, started = self.prepared, time.perf_counter()
+        try:
+            result = prepared.step(batches)
+        except NonFiniteError as error:
+            return self._left_out(batches, error)
+        except (RuntimeError, MemoryError) as error:
+            if is_shortage(error):
+                raise shortage(prepared, batches, error) from error
+            if is_of_collective(error) and (suspects := pulse.suspects()):
+                problem = f"step {prepared.steps_done + 1}: {listed(suspects)}"
+                raise RankError(problem, fix=self._goes_on, rank=min(suspects)) from error
+            raise
+        seconds = time.perf_counter() - started
+        values = {name: value for name, value in attrs.asdict(result).items() if value not in ((), None)}
+        if (usual := usual_loss(self.losses, result.loss)) is not None:
+            values["usual_loss"] = usual
+            places = places_text([place for batch in batches for place in batch.documents])
+            self.notice(f"step {result.step}: the loss leaps to {result.loss:.3f} from {usual:.3f}, in {places}")
+        self.losses.append(result.loss)
+        return {**values, "seconds": seconds, "tokens_per_second": result.stream_tokens / seconds}
+
+    def _left_out(self, batches: Sequence[Batch], error: NonFiniteError) -> dict[str, Any]:
+        """Leave a step out as the recipe allows it; else tell from where the run can go on."""
+        training, last = self.prepared.training, self._last_checkpoint
+        allowed = training.non_finite == "skip" and self.skipped < training.max_skipped
+        if not allowed:
+            limit = f" ({self.skipped} steps were left out before)" if self.skipped else ""
+            whole = "no checkpoint has been written" if last is None else f"the last good checkpoint is {last}"
+            raise NonFiniteError(
+                f"{error.problem}; {whole}{limit}", fix=error.fix, **{**error.values, "checkpoint": last}
+            ) from error
+        self.skipped += 1
+        self.prepared.skip(batches)
+        self.notice(f"left out: {error.problem}")
+        return {"step": error.step, "skipped": [list(place) for place in error.documents]}
+
+    def notice(self, sentence: str) -> None:
+        """Say something, once for all processes."""
+        if self.speaks:
+            self.listeners.on_notice(sentence)
+
+    @property
+    def _last_checkpoint(self) -> Path | None:
+        return next(reversed(self.folder.checkpoints.values()), None)
+
+    @property
+    def _goes_on(self) -> str:
+        last = self._last_checkpoint
+        return f"the same train() again: it {'begins anew' if last is None else f'continues from {last}'}"
 
     @property
     def speaks(self) -> bool:
@@ -198,9 +242,10 @@ class _Course:
         held = prepared.ranks.gather((peak_bytes(prepared.device), self.state_bytes))
         return {"peak_bytes": max(peak for peak, _ in held), "state_bytes": max(state for _, state in held)}
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, *, is_last: bool) -> None:
         """Write a checkpoint; several processes go on while it is written."""
         self.finish_save()
+        self.writes_last = is_last
         if self.speaks:
             self.folder.flush()
         with self._as_saving():
@@ -220,22 +265,27 @@ class _Course:
         writing, self.writing = self.writing, None
         with self._as_saving():
             writing.finish()
-        training = self.prepared.training
-        if self.speaks:
-            best = best_step(self.evaluated) if training.keep_best else None
-            self.folder.drop_checkpoints(keep=training.keep_checkpoints, best=best)
+            self.prepared.ranks.by_first(self._keep)
+        if self.speaks and writing.path.exists():
             self.listeners.on_save(writing.path)
+
+    def _keep(self) -> None:
+        training, checkpoints = self.prepared.training, self.folder.checkpoints
+        best = best_step(self.evaluated) if training.keep_best else None
+        self.folder.mark_latest(max(checkpoints))
+        self.folder.drop_checkpoints(keep=training.keep_checkpoints, best=best)
 
     @contextmanager
     def _as_saving(self) -> Iterator[None]:
-        last = next(reversed(self.folder.checkpoints.values()), None)
+        """Go on where a checkpoint fails, if the recipe allows it and another one comes."""
         try:
             yield
-        except CheckpointError as error:
-            where = "begins anew" if last is None else f"continues from {last}"
-            raise CheckpointError(
-                error.problem, fix=f"room on the disk, then the same train() again: it {where}", path=error.path
-            ) from error
+        except (CheckpointError, RankError) as error:  # in the first process, and in those that it told
+            if self.prepared.training.failed_save == "stop" or self.writes_last:
+                raise CheckpointError(
+                    error.problem, fix=f"room on the disk, then {self._goes_on}", path=error.values.get("path")
+                ) from error
+            self.notice(f"a checkpoint is missing: {error.problem}")
 
     def is_exhausted(self) -> bool:
         """Whether the held-out loss has not fallen for as many evaluations as the recipe has patience for."""

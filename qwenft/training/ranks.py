@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import attrs
 import torch
 from torch import distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
 from qwenft.errors import RankError
 from qwenft.training.differences import differences
-from qwenft.training.folder import environment
+from qwenft.training.environment import versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,12 +34,14 @@ class Ranks:
         count: of all.
         local: of this one on its node.
         local_count: of those on its node.
+        store: torch's, through which they met.
     """
 
     rank: int = 0
     count: int = 1
     local: int = 0
     local_count: int = 1
+    store: Any = None
 
     @classmethod
     def join(cls, *, device: str) -> Ranks:
@@ -76,7 +78,8 @@ class Ranks:
                     fix="a port that is free (torchrun --master-port), or plan.launch(...), which finds one",
                     rank=ranks.rank,
                 ) from error
-        ranks.require_equal(environment(), "runs other versions of libraries")
+        ranks = attrs.evolve(ranks, store=_get_default_store())
+        ranks.require_equal(versions(), "runs other versions of libraries")
         return ranks
 
     def leave(self) -> None:

@@ -11,6 +11,23 @@ if TYPE_CHECKING:
     import torch
 
 
+#: How a run can end, or that it goes on.
+FINISHED, STOPPED_EARLY, INTERRUPTED, RUNNING = "finished", "stopped early", "interrupted", "running"
+
+
+@attrs.frozen
+class Ending:
+    """How a run ended.
+
+    Args:
+        kind: FINISHED, STOPPED_EARLY or INTERRUPTED.
+        signal: the name of the signal that interrupted it.
+    """
+
+    kind: str
+    signal: str | None = None
+
+
 @attrs.frozen(eq=False)
 class Loss:
     """The loss of a micro-batch.

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import shutil
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 
 from qwenft.data.stream import Place
-from qwenft.errors import CheckpointError
+from qwenft.errors import CheckpointError, DamagedError
 from qwenft.models.export import trained
 from qwenft.training.checkpoint import (
     Writing,
@@ -26,12 +27,13 @@ from qwenft.training.checkpoint import (
 from qwenft.training.optim import optimizer_state, restore_optimizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from qwenft.models.export import Update
     from qwenft.training.engine import Prepared
     from qwenft.training.ranks import Ranks
+    from qwenft.training.run_folder import RunFolder
 
 
 def begin_save(prepared: Prepared, path: Path) -> Writing:
@@ -58,20 +60,63 @@ def begin_save(prepared: Prepared, path: Path) -> Writing:
     return Writing(path, tensors, values, ranks, shares.starts({**model, **moments}))
 
 
-@torch.no_grad()
-def load(prepared: Prepared, path: Path) -> None:
+def load(prepared: Prepared, path: Path, accept: Sequence[str] = ()) -> None:
     """Go on from a checkpoint; see :meth:`qwenft.training.engine.Prepared.load`."""
+    _restore(prepared, path, prepared.ranks.by_first(lambda: read_manifest(path)), accept)
+
+
+def load_newest(prepared: Prepared, folder: RunFolder, accept: Sequence[str] = ()) -> list[str]:
+    """Go on from the newest checkpoint of a run that is whole; damaged ones behind it get another name.
+
+    Returns:
+        What the user is to be told.
+
+    Raises:
+        DamagedError: none is whole; all are left as they are.
+        CheckpointError: see :func:`load`.
+    """
+    ranks, damaged = prepared.ranks, dict[int, str]()
+    for step, path in reversed(folder.checkpoints.items()):
+        manifest, problem = ranks.by_first(partial(_manifest_or_damage, path))
+        if manifest is not None:
+            _restore(prepared, path, manifest, accept)
+            for number in damaged:
+                ranks.by_first(partial(folder.set_aside, number))
+            return [f"{problem}: the run goes on from {path.name}" for problem in damaged.values()]
+        damaged[step] = problem
+    if damaged:
+        raise DamagedError(
+            f"no checkpoint of {folder.path} is whole:" + "".join(f"\n     {line}" for line in damaged.values()),
+            fix=f'another folder, "{folder.path}-2" say, to begin anew',
+            path=folder.path,
+        )
+    return []
+
+
+def _manifest_or_damage(path: Path) -> tuple[dict[str, Any] | None, str]:
+    try:
+        return read_manifest(path), ""
+    except DamagedError as error:
+        return None, error.problem
+
+
+@torch.no_grad()
+def _restore(prepared: Prepared, path: Path, manifest: dict[str, Any], accept: Sequence[str]) -> None:
     ranks = prepared.ranks
-    manifest = _manifest(prepared, path)
+    _require_identity(prepared, path, manifest, accept)
     _require_ranks(prepared, manifest["ranks"], path)
     read = ranks.together(lambda: _read(prepared, path))
     for name, part in prepared.trained.items():
         part.copy_(read[name])
     moments = {name: tensor for name, tensor in read.items() if ":" in name}
     restore_optimizer(prepared.optimizer, prepared.trained, {**moments, **manifest["optimizer"]})
-    prepared.schedule.load_state_dict(manifest["schedule"])
-    for group, rate in zip(prepared.optimizer.param_groups, prepared.schedule.get_last_lr(), strict=True):
-        group["lr"] = rate
+    schedule = prepared.schedule
+    # The peaks are the recipe's: they may have been changed on purpose.
+    schedule.load_state_dict({**manifest["schedule"], "base_lrs": schedule.base_lrs})
+    for group, peak, factor in zip(
+        prepared.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+    ):
+        group["lr"] = peak * factor(schedule.last_epoch)
     if manifest["ranks"] == ranks.count:
         torch.set_rng_state(read[_own("cpu", ranks)])
         if prepared.device == "cuda":
@@ -89,7 +134,7 @@ def load_weights(prepared: Prepared, path: Path) -> None:
     Raises:
         CheckpointError: it is damaged, or of another recipe, model or data.
     """
-    _manifest(prepared, path)
+    _require_identity(prepared, path, prepared.ranks.by_first(lambda: read_manifest(path)))
     read = prepared.ranks.together(lambda: _read(prepared, path, weights_alone=True))
     for name, part in prepared.trained.items():
         part.copy_(read[name])
@@ -121,11 +166,12 @@ def _own(name: str, ranks: Ranks) -> str:
     return f"{name}.{ranks.rank}" if ranks.rank else name
 
 
-def _manifest(prepared: Prepared, path: Path) -> dict[str, Any]:
-    manifest = prepared.ranks.together(lambda: read_manifest(path))
+def _require_identity(
+    prepared: Prepared, path: Path, manifest: dict[str, Any], accept: Sequence[str] = ()
+) -> None:
     fix = "the recipe that it was made with, in its manifest.json"
-    require_same(manifest["identity"], prepared.identity, subject="recipe", fix=fix, path=path)
-    return manifest
+    identity = manifest["identity"]
+    require_same(identity, prepared.identity, subject="recipe", fix=fix, path=path, accept=accept)
 
 
 def _require_ranks(prepared: Prepared, saved: int, path: Path) -> None:

@@ -27,7 +27,7 @@ def answers(function, tokens, dtype):
     return [result, *(gradient for gradient in gradients if gradient is not None)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_compiled_kernels_compute_what_eager_ones_do(name, dtype):
     """Results and gradients agree to the dtype's rounding, and another number of tokens compiles nothing new."""

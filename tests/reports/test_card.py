@@ -55,7 +55,9 @@ def run_of(source="Qwen/Qwen3.5-27B", *, adapter=None, data=None, history=HISTOR
 
 
 def card(run, place=None, *, adapter=True, terms=None):
-    return render_card(run, place or Place("me/bot"), adapter=adapter, environment=VERSIONS, terms=terms or {})
+    return render_card(
+        run, place or Place("me/bot"), adapter=adapter, environment={"versions": VERSIONS}, terms=terms or {}
+    )
 
 
 def header(text):

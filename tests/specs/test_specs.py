@@ -441,6 +441,9 @@ ILL_TYPED = [
     (TrainingSpec, "sample_tokens", WHOLE_1, [0, -1, None, *NOT_WHOLE]),
     (TrainingSpec, "save_every", f"{WHOLE_1} or None", [0, -1, *NOT_WHOLE]),
     (TrainingSpec, "keep_checkpoints", WHOLE_1, [0, -1, None, *NOT_WHOLE]),
+    (TrainingSpec, "failed_save", "one of 'continue', 'stop'", ["go on", None, 1]),
+    (TrainingSpec, "non_finite", "one of 'stop', 'skip'", ["ignore", None, 1]),
+    (TrainingSpec, "max_skipped", WHOLE_1, [0, -1, None, *NOT_WHOLE]),
     (TrainingSpec, "weight_decay", "a number of at least 0", [-0.1, None, *NOT_NUMBER]),
     (TrainingSpec, "max_grad_norm", "a number above 0 or None", [0, -1, *NOT_NUMBER]),
     (

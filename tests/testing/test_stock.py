@@ -38,6 +38,7 @@ def test_every_parameter_has_a_gradient(result):
     assert [name for name, gradient in result.gradients.items() if gradient.abs().max() == 0] == []
 
 
+@pytest.mark.long
 def test_a_gradient_is_the_slope_of_the_loss(tmp_path):
     """Moving a bias of the decay along its gradient changes the loss by what the gradient says."""
     from safetensors.torch import load_file, save_file

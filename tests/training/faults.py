@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import time
 from pathlib import Path
 
 from qwenft.models.loss import supervised_loss
+from qwenft.training import stalls
+
+CALLS: list[int] = []
 
 
 def failing(hidden, batch, head):
@@ -15,6 +20,19 @@ def failing(hidden, batch, head):
     if os.environ.get("RANK") == "1":
         msg = "no more of this"
         raise ZeroDivisionError(msg)
+    return supervised_loss(hidden, head, batch.labels, batch.weights)
+
+
+def stalling(hidden, batch, head):
+    """Hold the second process up for a while in its first step, asleep or stopped as the environment says."""
+    stalls.BEAT, stalls.PATIENCE = 0.3, 3.0
+    if os.environ.get("RANK") == "1" and hidden.requires_grad:
+        CALLS.append(1)
+        if len(CALLS) == 3 and os.environ["STALLS"] == "asleep":
+            time.sleep(9)
+        elif len(CALLS) == 3:
+            subprocess.Popen(["/bin/sh", "-c", f"sleep 9; kill -CONT {os.getpid()}"])
+            os.kill(os.getpid(), signal.SIGSTOP)
     return supervised_loss(hidden, head, batch.labels, batch.weights)
 
 

@@ -26,13 +26,13 @@ def raised(function):
 
 def other_versions():
     """Join with an older torch in the last process."""
-    original = ranks.environment
+    original = ranks.versions
     if RANK == 1:
-        ranks.environment = lambda: {**original(), "torch": "2.12.0"}
+        ranks.versions = lambda: {**original(), "torch": "2.12.0"}
     try:
         ranks.Ranks.join(device="cpu")
     finally:
-        ranks.environment = original
+        ranks.versions = original
 
 
 def main(folder):

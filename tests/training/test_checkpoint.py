@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,23 +168,58 @@ def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_leaves_earlier_checkpoints_whole(dense_checkpoint, tmp_path, full_disk):
-    """A save that fails ends the run with what to do; the checkpoint before it is whole, and the run goes on from it."""
-    plan = recipe(dense_checkpoint, max_steps=6, save_every=2).compile()
+@pytest.mark.parametrize("failed_save", ["stop", "continue"])
+def test_a_full_disk_leaves_earlier_checkpoints_whole(dense_checkpoint, tmp_path, full_disk, failed_save):
+    """A save that fails ends the run if asked or if it is the last; those before are whole, and the run goes on."""
+    plan = recipe(dense_checkpoint, max_steps=6, save_every=2, failed_save=failed_save).compile()
     whole = plan.train(tmp_path / "whole", progress=False)
 
     def fill(record):
         if record["step"] == 3:
             full_disk()
 
-    with pytest.raises(qf.CheckpointError, match=r"step-4: cannot be written: .*File too large") as caught:
+    step = {"stop": 4, "continue": 6}[failed_save]
+    with pytest.raises(qf.CheckpointError, match=rf"step-{step}: cannot be written: .*File too large") as caught:
         plan.train(tmp_path / "run", progress=False, on_step=fill)
     assert caught.value.fix.endswith(f"it continues from {tmp_path}/run/checkpoints/step-2")
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"latest", "step-2"}
+    notices = [line["notice"] for line in map(json.loads, read_lines(tmp_path / "run" / "notices.jsonl"))]
+    assert [notice.partition(":")[0] for notice in notices] == ["a checkpoint is missing"] * (step == 6)
     run = plan.train(tmp_path / "run", "must", progress=False)
     assert [record["loss"] for record in run.history] == [record["loss"] for record in whole.history]
     assert all(map(torch.equal, run.prepared.model.parameters(), whole.prepared.model.parameters()))
+
+
+def read_lines(path):
+    """The lines of a file, none where it is not there."""
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_a_save_that_fails_once_costs_one_checkpoint(dense_checkpoint, tmp_path, full_disk):
+    """Where there is room again the run goes on to its end, says what is missing, and has lost nothing else."""
+    plan = recipe(dense_checkpoint, max_steps=6, save_every=2, keep_checkpoints=9).compile()
+
+    def fill(record):
+        if record["step"] == 3:
+            full_disk()
+        if record["step"] == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    run = plan.train(tmp_path / "run", progress=False, on_step=fill)
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"latest", "step-2", "step-6"}
+    (notice,) = run.notices
+    assert "step-4: cannot be written" in notice
+
+
+def test_room_is_asked_for_before_a_byte_is_written(saved, tmp_path, monkeypatch):
+    """A checkpoint that the disk has no room for is refused with what it takes and what there is."""
+    prepared, _ = saved
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(qf.CheckpointError, match=r"it takes [\d,]+ bytes, and the disk has 1,000 left"):
+        prepared.save(tmp_path / "another" / "checkpoint")
+    assert list((tmp_path / "another").iterdir()) == []
 
 
 def test_a_full_disk_at_the_end_loses_no_step(dense_checkpoint, tmp_path, full_disk):
@@ -205,7 +241,7 @@ def test_the_newest_checkpoints_are_kept(dense_checkpoint, tmp_path, keep):
     plan = recipe(dense_checkpoint, max_steps=7, save_every=2, keep_checkpoints=keep).compile()
     plan.train(tmp_path / "run", progress=False, on_save=lambda path: saved.append(path.name))
     assert saved == ["step-2", "step-4", "step-6", "step-7"]
-    kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    kept = {path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")}
     assert kept == set(saved[-keep:])
 
 
@@ -217,15 +253,55 @@ def test_without_an_interval_a_tenth_of_the_run_is_lost_at_most(dense_checkpoint
     assert saved == [f"step-{step}" for step in (*range(2, 23, 2), 23)]
 
 
-def test_a_checkpoint_whose_newest_is_damaged(dense_checkpoint, tmp_path):
-    """A run whose newest checkpoint is damaged says which, and goes on from the one before once it is removed."""
-    plan = recipe(dense_checkpoint, max_steps=4, save_every=1).compile()
+def test_a_newest_checkpoint_that_is_damaged(dense_checkpoint, tmp_path):
+    """A run goes on from the newest that is whole, to the bit, and says so; what is damaged is kept apart."""
+    plan = recipe(dense_checkpoint, max_steps=4, save_every=1, keep_checkpoints=3).compile()
     whole = plan.train(tmp_path / "run", progress=False)
-    newest = whole.checkpoint
-    cut(newest / "model.safetensors")
-    with pytest.raises(qf.CheckpointError, match="is damaged") as caught:
-        plan.train(tmp_path / "run", progress=False)
-    assert str(newest) in caught.value.fix
-    shutil.rmtree(newest)
+    folder = tmp_path / "run" / "checkpoints"
+    cut(folder / "step-4" / "model.safetensors")
+    (folder / "step-3" / "manifest.json").unlink()
     run = plan.train(tmp_path / "run", progress=False)
+    assert [notice.partition(": ")[2] for notice in run.notices] != []
+    newest, next_one = run.notices
+    assert "step-4/model.safetensors: is damaged: expected bytes" in newest
+    assert "step-3 is no checkpoint: manifest.json cannot be read" in next_one
+    assert all(notice.endswith("the run goes on from step-2") for notice in run.notices)
+    assert {path.name for path in folder.iterdir()} == {
+        "damaged-step-3",
+        "damaged-step-4",
+        "latest",
+        "step-2",
+        "step-3",
+        "step-4",
+    }
     assert [r["loss"] for r in written(run.folder)] == [r["loss"] for r in whole.history]
+    assert all(map(torch.equal, run.prepared.model.parameters(), whole.prepared.model.parameters()))
+
+
+def test_a_run_without_a_whole_checkpoint(dense_checkpoint, tmp_path):
+    """It neither begins anew nor loses what is there, and every damage is told."""
+    plan = recipe(dense_checkpoint, max_steps=2, save_every=1).compile()
+    plan.train(tmp_path / "run", progress=False)
+    folder = tmp_path / "run" / "checkpoints"
+    for path in folder.glob("step-*"):
+        flip(path / "model.safetensors")
+    with pytest.raises(qf.DamagedError, match=r"no checkpoint of .*run is whole:\n.*step-2.*\n.*step-1") as caught:
+        plan.train(tmp_path / "run", progress=False)
+    assert 'another folder, "' in caught.value.fix
+    assert {path.name for path in folder.iterdir()} == {"latest", "step-1", "step-2"}
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(saved, monkeypatch):
+    """What a file system refuses at the moment may be whole."""
+    prepared, path = saved
+    real = Path.open
+
+    def refusing(file, *args, **kwargs):
+        if file.name == "optimizer.safetensors":
+            raise PermissionError(13, "Permission denied", str(file))
+        return real(file, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    with pytest.raises(qf.CheckpointError, match=r"optimizer\.safetensors: cannot be read: Permission") as caught:
+        prepared.load(path)
+    assert not isinstance(caught.value, qf.DamagedError)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from safetensors.torch import load_file
 import qwenft as qf
 from qwenft.training.launch import _watch
 from qwenft.training.ranks import Ranks
+from qwenft.training.run_folder import RunFolder
 
-from .faults import dying, failing
+from .faults import dying, failing, stalling
 from .helpers import chats, comparable, recipe, written
 from .test_shards import ROOT
 
@@ -115,27 +117,47 @@ def test_killed_processes_are_started_again(dense_checkpoint, alone, tmp_path, m
     assert losses(tmp_path / "run") == pytest.approx(losses(alone.folder), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("asleep", r"rank 1 is in step 1, at stalling \(training/faults\.py\)"),
+        pytest.param("stopped", r"rank 1 has given no sign of life for \d+ s", marks=pytest.mark.long),
+    ],
+)
+def test_a_process_that_the_others_wait_for_is_named(dense_checkpoint, tmp_path, monkeypatch, how, told):
+    """While it holds them up, the user is told which one it is; when it goes on, so does the run."""
+    monkeypatch.setenv("STALLS", how)
+    plan = shared(dense_checkpoint).with_training(loss=stalling, max_steps=4).compile()
+    run = plan.launch(tmp_path / "run", processes=2, progress=False)
+    assert run.ending == "finished"
+    (notice,) = run.notices
+    assert re.fullmatch(rf"step 1 has taken \d+ s so far: {told}.*", notice)
+
+
 def test_every_step_is_told_once(tmp_path):
     """What a run that was started again repeats is not told anew, and half a line is not told yet."""
-    metrics, told, over = tmp_path / "metrics.jsonl", [], threading.Event()
-    metrics.write_text("".join(f'{{"step": {step}}}\n' for step in (0, 1, 2)))
+    folder, told, over = RunFolder(tmp_path), [], threading.Event()
+    folder.metrics.write_text('{"step": 0}\n{"step": 1}\n')
+    folder.notice("before")
     watcher = threading.Thread(
-        target=_watch, args=(metrics, 1, lambda record: told.append(record["step"]), over), daemon=True
+        target=_watch, args=(folder, lambda record: told.append(record["step"]), told.append, over), daemon=True
     )
     watcher.start()
-    with metrics.open("a") as lines:
-        lines.write('{"step": 3}\n{"step": ')
+    time.sleep(1)
+    with folder.metrics.open("a") as lines:
+        lines.write('{"step": 2}\n{"step": 3}\n{"step": ')
     deadline = time.monotonic() + 20
     while told != [2, 3]:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     (tmp_path / "anew").write_text('{"step": 0}\n{"step": 1}\n')
-    (tmp_path / "anew").replace(metrics)
-    with metrics.open("a") as lines:
+    (tmp_path / "anew").replace(folder.metrics)
+    with folder.metrics.open("a") as lines:
         lines.write("".join(f'{{"step": {step}}}\n' for step in (2, 3, 4)))
+    folder.notice("something")
     over.set()
     watcher.join()
-    assert told == [2, 3, 4]
+    assert told == [2, 3, 4, "something"]
 
 
 @pytest.mark.long

@@ -15,7 +15,7 @@ import qwenft as qf
 from qwenft.data.stream import Batch, Place
 from qwenft.training.engine import Prepared
 from qwenft.training.interruption import Interruption
-from qwenft.training.loop import FINISHED, INTERRUPTED, STOPPED_EARLY
+from qwenft.training.results import FINISHED, INTERRUPTED, STOPPED_EARLY
 
 from .helpers import chats, comparable, recipe, weights, written
 
@@ -101,7 +101,7 @@ def test_the_best_step_is_kept_and_ends_the_run(dense_checkpoint, tmp_path):
     losses = {record["step"]: record["held_out_loss"] for record in evaluated(run)[1:]}
     assert losses[best] == min(losses.values())
     assert 1 <= best < 8
-    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {f"step-{best}", "step-8"}
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")} == {f"step-{best}", "step-8"}
     assert run.evaluate()["loss"] == losses[best]
     exported = recipe(tmp_path / "run" / "model", **options).compile().prepare()
     assert exported.evaluate(run.prepared.corpus.held_out).loss == pytest.approx(losses[best], rel=1e-6)
@@ -187,7 +187,7 @@ def test_a_second_signal_ends_at_once(dense_checkpoint, tmp_path, monkeypatch):
     plan = recipe(dense_checkpoint, max_steps=6, save_every=2).compile()
     with pytest.raises(KeyboardInterrupt):
         plan.train(tmp_path / "run", progress=False)
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-2"]
     assert [record["step"] for record in written(tmp_path / "run")] == [1, 2, 3]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -207,7 +207,7 @@ def test_in_another_thread_signals_are_left_alone():
 
 
 def test_sigterm_ends_the_command_cleanly(dense_checkpoint, tmp_path):
-    """The command line saves at SIGTERM, says how the run goes on, and ends without an error."""
+    """The command line saves at SIGTERM, says how the run goes on, and ends with the code of that signal."""
     recipe(dense_checkpoint, max_steps=2000).save(tmp_path / "recipe.json")
     process = subprocess.Popen(
         [sys.executable, "-m", "qwenft", "train", str(tmp_path / "recipe.json"), "--run-dir", "run"],
@@ -221,9 +221,9 @@ def test_sigterm_ends_the_command_cleanly(dense_checkpoint, tmp_path):
         pass
     process.terminate()
     out, error = process.communicate(timeout=100)
-    assert process.returncode == 0, error
+    assert process.returncode == 128 + signal.SIGTERM, error
     assert "SIGTERM: ending after this step" in error
-    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
     assert f"continues from run/checkpoints/{checkpoint.name}" in out
 
 
@@ -241,11 +241,92 @@ def steep(hidden, batch, head):
 def test_a_loss_that_is_not_finite_names_the_document(dense_checkpoint, tmp_path):
     """The run stops before the optimizer's step and names step, file and row; the checkpoint before is whole."""
     plan = recipe(dense_checkpoint, tokens_per_step=256, save_every=1, loss=poisoned, epochs=1).compile()
-    with pytest.raises(qf.NonFiniteError, match=r"step \d+: loss inf, .*; in rows in memory, row 7\n") as caught:
+    with pytest.raises(qf.NonFiniteError, match=r"loss inf, .*; in rows in memory, row 7; it began in") as caught:
         plan.train(tmp_path / "run", progress=False)
+    assert caught.value.layer == "the loss"
+    last = caught.value.step - 1
+    assert caught.value.checkpoint == tmp_path / "run" / "checkpoints" / f"step-{last}"
+    assert f"the last good checkpoint is {caught.value.checkpoint}\n" in str(caught.value)
     assert caught.value.documents == (("rows in memory", 7),)
     assert isinstance(caught.value, FloatingPointError)
     assert len(written(tmp_path / "run")) == caught.value.step - 1
+
+
+def test_steps_that_are_not_finite_are_left_out_up_to_a_limit(dense_checkpoint, tmp_path):
+    """What is left out is as if it had not been trained on, is listed by file and row, and is told."""
+    options = {"save_every": 1, "loss": poisoned, "epochs": 3, "non_finite": "skip", "packed": False}
+    plan = recipe(dense_checkpoint, **options, max_skipped=2).compile()
+    with pytest.raises(qf.NonFiniteError, match=r"row 7; .*\(2 steps were left out before\)"):
+        plan.train(tmp_path / "limited", progress=False)
+    run = recipe(dense_checkpoint, **options, max_skipped=3).compile().train(tmp_path / "run", progress=False)
+    left_out = [record for record in run.history if "skipped" in record]
+    assert [record["skipped"] for record in left_out] == 3 * [[["rows in memory", 7]]]
+    assert all("loss" not in record for record in left_out)
+    assert len(run.history) == 60
+    assert len([notice for notice in run.notices if notice.startswith("left out: step ")]) == 3
+    assert run.plot() is not None
+
+    prepared = plan.prepare()
+    for _, batches in prepared.remaining():
+        if any(("rows in memory", 7) in batch.documents for batch in batches):
+            prepared.skip(batches)
+        else:
+            prepared.step(batches)
+    assert all(torch.equal(p, weights(run)[name]) for name, p in prepared.model.named_parameters())
+
+
+def test_a_run_that_leaves_steps_out_goes_on_to_the_bit(dense_checkpoint, tmp_path):
+    """Interrupted behind a step that was left out, a run ends as it would have, and so it counts towards the limit."""
+    plan = recipe(dense_checkpoint, loss=poisoned, epochs=2, non_finite="skip", packed=False).compile()
+    whole = plan.train(tmp_path / "whole", progress=False)
+    (first, _) = [record["step"] for record in whole.history if "skipped" in record]
+
+    def stop(record):
+        if record["step"] == first + 1:
+            signal.raise_signal(signal.SIGINT)
+
+    plan.train(tmp_path / "parts", progress=False, on_step=stop)
+    run = plan.train(tmp_path / "parts", progress=False)
+    assert comparable(run.history) == comparable(whole.history)
+    assert all(torch.equal(weight, weights(run)[name]) for name, weight in weights(whole).items())
+
+
+@pytest.mark.parametrize("name", ["model.layers.2.mlp.down_proj", "model.layers.1.linear_attn.out_proj"])
+def test_the_layer_where_it_began_is_named(dense_checkpoint, name):
+    """A weight that overflows in forward, and a gradient that does in backward, are named by the module or weight."""
+    prepared = recipe(dense_checkpoint, adapter=qf.AdapterSpec.full()).compile().prepare()
+    batches = next(prepared.batches())
+    parameter = prepared.trained[f"{name}.weight"]
+    hook = parameter.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(qf.NonFiniteError, match=rf"it began in {name}\.weight, backward") as caught:
+        prepared.step(batches)
+    assert caught.value.layer == f"{name}.weight"
+    hook.remove()
+    with torch.no_grad():
+        parameter.fill_(math.inf)
+    with pytest.raises(qf.NonFiniteError, match=r"loss nan, .*, forward") as caught:
+        prepared.step(batches)
+    assert name.startswith(caught.value.layer) or caught.value.layer == name
+
+
+def test_a_loss_that_leaps_is_noted(dense_checkpoint, tmp_path):
+    """The step, the usual loss and the documents are told, and stand in the record; an ordinary run tells nothing."""
+    plan = recipe(dense_checkpoint, loss=leaping, epochs=2, packed=False, learning_rate=1e-5).compile()
+    run = plan.train(tmp_path / "run", progress=False)
+    leaps = [record for record in run.history if "usual_loss" in record]
+    high = [record["step"] for record in run.history if record["loss"] > 50]
+    assert len(high) == 2
+    assert [record["step"] for record in leaps] == [step for step in high if step > 16]  # of fewer none is usual
+    assert all(record["usual_loss"] < 10 for record in leaps)
+    assert leaps
+    assert len(run.notices) == len(leaps)
+    assert all("rows in memory, row 7" in notice and "the loss leaps to " in notice for notice in run.notices)
+
+
+def leaping(hidden, batch, head):
+    """A loss that is enormous for the seventh row, and ordinary for all others."""
+    total = cross_entropy(hidden, batch, head)
+    return total + 100 * batch.tokens if ("rows in memory", 7) in batch.documents else total
 
 
 def test_a_step_that_is_refused_changes_nothing(dense_checkpoint):

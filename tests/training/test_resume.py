@@ -5,12 +5,8 @@ bit.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import datasets
 import PIL.Image
@@ -19,7 +15,7 @@ import torch
 
 import qwenft as qf
 from qwenft.training.engine import Prepared
-from qwenft.training.loop import FINISHED, INTERRUPTED, STOPPED_EARLY
+from qwenft.training.results import FINISHED, INTERRUPTED, STOPPED_EARLY
 
 from .helpers import chats, comparable, recipe, weights, written
 
@@ -103,6 +99,11 @@ def order(monkeypatch):
 def interrupt(_record):
     """What Ctrl-C does."""
     signal.raise_signal(signal.SIGINT)
+
+
+def contents(folder):
+    """The bytes of every file, but of the lock's, which says who was here."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 def assert_same(run, wanted):
@@ -296,7 +297,8 @@ def test_what_a_killed_save_left_is_removed(dense_checkpoint, tmp_path):
         (tmp_path / "run" / "checkpoints" / name / "model.safetensors").write_bytes(b"half")
     run = plan.train(tmp_path / "run", "must", progress=False)
     assert run.ending == FINISHED
-    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-2", "step-3"}
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"latest", "step-2", "step-3"}
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-3\n"
 
 
 def test_how_often_it_is_saved_may_change(dense_checkpoint, tmp_path):
@@ -305,7 +307,7 @@ def test_how_often_it_is_saved_may_change(dense_checkpoint, tmp_path):
     asked.compile().train(tmp_path / "run", progress=False, on_step=lambda r: r["step"] == 2 and interrupt(r))
     changed = asked.with_training(save_every=4, keep_checkpoints=1)
     changed.compile().train(tmp_path / "run", "must", progress=False)
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-4"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-4"]
     assert qf.Recipe.load(tmp_path / "run" / "recipe.json") == changed
 
 
@@ -340,7 +342,7 @@ def test_another_recipe_is_refused_with_the_difference(dense_checkpoint, tmp_pat
         asked.compile().train(tmp_path / "run", progress=False, on_step=stop)
     except InterruptedError:
         assert begun == "without one"
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    before = contents(tmp_path / "run")
     other = change(asked).compile()
     with pytest.raises(
         qf.CheckpointError, match=rf"run is of another recipe:\n(.*\n)*     {difference}"
@@ -348,10 +350,60 @@ def test_another_recipe_is_refused_with_the_difference(dense_checkpoint, tmp_pat
         other.train(tmp_path / "run", progress=False)
     assert caught.value.differences
     assert "run-2" in caught.value.fix
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert contents(tmp_path / "run") == before
     if begun == "with a checkpoint":
         with pytest.raises(qf.CheckpointError, match=difference):
             other.prepare().load(tmp_path / "run" / "checkpoints" / "step-1")
+
+
+def test_a_change_that_is_accepted_is_trained_with(dense_checkpoint, tmp_path):
+    """The rest of the run has the new learning rate and the new data; the old place is kept, and all of it is told."""
+    asked = recipe(dense_checkpoint, max_steps=6, save_every=1, schedule="linear")
+    asked.compile().train(tmp_path / "run", progress=False, on_step=lambda r: r["step"] == 3 and interrupt(r))
+    changed = asked.with_training(learning_rate=5e-4).with_data(source=chats(19))
+    plan = changed.compile()
+    with pytest.raises(qf.CheckpointError, match=r"data\.rows in memory") as caught:
+        plan.train(tmp_path / "run", progress=False, accept=["recipe.training"])
+    assert not any("learning_rate" in line for line in caught.value.differences)
+    assert 'accept=["recipe.training.learning_rate"]' in caught.value.fix
+    accept = ["recipe.training.learning_rate", "recipe.data", "data"]
+    run = plan.train(tmp_path / "run", "must", progress=False, accept=accept)
+    assert [record["step"] for record in run.history] == [1, 2, 3, 4, 5, 6]
+    alone = changed.compile().train(tmp_path / "alone", progress=False)
+    rates = [record["learning_rate"] for record in run.history]
+    assert rates[3:] == [record["learning_rate"] for record in alone.history][3:]
+    assert rates[:3] == [2 * record["learning_rate"] for record in alone.history][:3]
+    assert any(
+        notice == "changed, and accepted: recipe.training.learning_rate: 0.001 there, 0.0005 here"
+        for notice in run.notices
+    )
+    assert plan.train(tmp_path / "run", "must", progress=False, accept=accept).notices == run.notices
+
+
+@pytest.mark.parametrize("accept", ["recipe.training.learning_rat", "training", ""])
+def test_only_what_there_is_can_be_accepted(dense_checkpoint, tmp_path, accept):
+    """A place that no recipe has is refused, with the nearest."""
+    plan = recipe(dense_checkpoint, max_steps=2).compile()
+    with pytest.raises(qf.SpecError, match=rf"accept='{accept}': no such place in a recipe"):
+        plan.train(tmp_path / "run", progress=False, accept=[accept])
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_optimizer_is_never_accepted(dense_checkpoint, tmp_path):
+    """Its state is of another kind."""
+    asked = recipe(dense_checkpoint, max_steps=3)
+    asked.compile().train(tmp_path / "run", progress=False, on_step=interrupt)
+    for accept in ("recipe.training.optimizer", "recipe.training", "recipe"):
+        with pytest.raises(qf.CheckpointError, match=r"recipe\.training\.optimizer: 'adamw' there, 'sgd' here"):
+            asked.with_training(optimizer="sgd").compile().train(tmp_path / "run", progress=False, accept=[accept])
+
+
+def test_what_is_done_about_failures_may_change(dense_checkpoint, tmp_path):
+    """A run that ended at a loss that is not finite goes on with the same recipe, told to leave such steps out."""
+    asked = recipe(dense_checkpoint, max_steps=3)
+    asked.compile().train(tmp_path / "run", progress=False, on_step=interrupt)
+    other = asked.with_training(non_finite="skip", max_skipped=3, failed_save="stop")
+    assert other.compile().train(tmp_path / "run", "must", progress=False).ending == FINISHED
 
 
 def test_other_weights_under_the_same_name_are_refused(dense_checkpoint, moe_checkpoint, tmp_path):
@@ -386,23 +438,3 @@ def test_resume_says_what_may_be_continued(dense_checkpoint, tmp_path):
     assert plan.train(tmp_path / "run", "must", progress=False).ending == FINISHED
     with pytest.raises(qf.SpecError, match=r"train\(resume='atuo'\): .*did you mean 'auto'"):
         plan.train(tmp_path / "run", "atuo", progress=False)
-
-
-def test_a_killed_process_is_continued(dense_checkpoint, tmp_path):
-    """After SIGKILL in the middle the same command goes on from the last checkpoint, and ends as if nothing were."""
-    asked = recipe(dense_checkpoint, max_steps=30, save_every=1)
-    whole = asked.compile().train(tmp_path / "whole", progress=False)
-    asked.save(tmp_path / "recipe.json")
-    command = [sys.executable, "-m", "qwenft", "train", str(tmp_path / "recipe.json"), "--run-dir", "parts"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 100
-    while not list((tmp_path / "parts").glob("checkpoints/step-*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
-    assert len(written(tmp_path / "parts")) < 30
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
-    run = asked.compile().train(tmp_path / "parts", "must", progress=False)
-    assert_same(run, whole)

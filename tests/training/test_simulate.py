@@ -105,7 +105,7 @@ def test_a_step_with_images_holds_what_was_simulated(tmp_path, name):
     assert plan.memory.peak_bytes == pytest.approx(measured_peak(prepared, step), rel=0.04)
 
 
-@pytest.mark.parametrize("checkpointed", [True, False])
+@pytest.mark.parametrize("checkpointed", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_layers_that_are_alike_are_simulated_once(deep, monkeypatch, checkpointed):
     """A model of which the middle is repeated takes, to the byte, what one of all layers takes."""
     plan = recipe(deep["dense"], adapter=LORA, activation_checkpointing=checkpointed).compile()
@@ -245,7 +245,12 @@ assert memory.by_component["weights"] > 180 * 2**30, memory
 
 
 @pytest.mark.parametrize(
-    "parallel", [qf.ParallelSpec.fsdp2(), qf.ParallelSpec.fsdp2(offload="cpu"), qf.ParallelSpec.ddp()]
+    "parallel",
+    [
+        qf.ParallelSpec.fsdp2(),
+        pytest.param(qf.ParallelSpec.fsdp2(offload="cpu"), marks=pytest.mark.long),
+        pytest.param(qf.ParallelSpec.ddp(), marks=pytest.mark.long),
+    ],
 )
 def test_a_plan_for_cards_that_are_not_here_is_simulated(parallel):
     """Of the processes each has its part of the weights, on the device or on the host, or all of them."""
@@ -283,6 +288,7 @@ def test_work_is_counted_by_the_products_that_are_made():
     assert plan.time.tokens_per_second == pytest.approx(2048 / plan.time.step_seconds)
 
 
+@pytest.mark.long
 def test_the_experts_that_are_not_simulated_are_counted_as_work():
     """A mixture of experts takes the operations of the experts that a token passes, whichever these are."""
     asked = qf.Recipe(qf.ModelSpec("qwen3.5-35b-a3b").quantize("nf4"), adapter=qf.AdapterSpec.lora(rank=16))

@@ -51,6 +51,12 @@ def optimizer_in_backward(draft: Draft) -> Iterator[Finding]:
             f"a step of {training.tokens_per_step:,} tokens adds up the gradients of several rows",
             "no tokens_per_step: a step is one row then, or optimizer_in_backward=False",
         )
+    if training.non_finite == "skip":
+        yield error(
+            "training.non_finite",
+            "a step that has updated parameters in backward cannot be left out",
+            'non_finite="stop", or optimizer_in_backward=False',
+        )
     yield note(place, "a gradient that is not finite is found when other parameters have been updated already")
 
 

@@ -147,10 +147,13 @@ def determinism(draft: Draft) -> Iterator[Finding]:
     if draft.machine.device == "cpu":
         return
     if not draft.training.deterministic:
+        unordered = ["gradients of embeddings"]
+        unordered += ["routed experts"] if draft.architecture.is_moe else []
+        unordered += [f"kernels of {slot.backend.name}" for slot in draft.slots if not slot.backend.deterministic]
         yield note(
             "training.deterministic",
-            "on CUDA some sums are taken in no fixed order, and two runs differ in their last bits; "
-            "deterministic=True chooses algorithms that repeat, where there are some",
+            f"on CUDA some sums are taken in no fixed order ({', '.join(unordered)}), and two runs differ in "
+            "their last bits; deterministic=True chooses algorithms that repeat, where there are some",
         )
         return
     for slot in draft.slots:
