@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from qwenft.training_plan import TrainingPlan
 
 
+_SAVED = "Recipe.load of a file by recipe.save"
+
+
 @spec
 @attrs.frozen
 class Recipe:
@@ -177,9 +180,13 @@ class Recipe:
             value = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}", path=path) from None
-        except ValueError as error:
-            raise SpecError(f"{path}: is no JSON: {error}", fix="Recipe.load of a file by recipe.save") from None
-        return Codec(path.parent, allow_modules).load(value, cls)
+        except (ValueError, RecursionError) as error:
+            raise SpecError(f"{path}: is no JSON: {error}", fix=_SAVED) from None
+        try:
+            return Codec(path.parent, allow_modules).load(value, cls)
+        except SpecError as error:
+            problem = f"{path}: {error.problem}"
+            raise SpecError(problem, fix=error.fix or _SAVED, **error.values) from None
 
     @property
     def fingerprint(self) -> str:

@@ -13,7 +13,7 @@ import attrs
 
 from qwenft.errors import CheckpointError, SpecError
 from qwenft.family.config_fields import ConfigFields
-from qwenft.family.shapes import ExpertShape, RopeShape, VisionShape, VisionTokens
+from qwenft.family.shapes import MOST_LAYERS, ExpertShape, RopeShape, VisionShape, VisionTokens
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -196,7 +196,8 @@ class Architecture:
         try:
             return cls(name=name, hub_id=hub_id, **shape)
         except SpecError as error:
-            raise CheckpointError(f"{error} in config.json", source=name, **error.values) from error
+            fix = "config.json as the checkpoint was published"
+            raise CheckpointError(f"{error} in config.json", fix=fix, source=name, **error.values) from error
 
     def to_config(self) -> dict[str, Any]:
         """A config.json from which transformers builds this shape.
@@ -306,7 +307,7 @@ def _text_fields(text: ConfigFields, *, moe: bool) -> dict[str, Any]:
     """The arguments of `Architecture` that stand in the text half of a config.json."""
     if text.boolean("attention_bias", default=False):
         raise text.wrong("attention_bias", "false, as in the whole family")
-    layers = text.integer("num_hidden_layers", 40 if moe else 32)
+    layers = text.integer("num_hidden_layers", 40 if moe else 32, most=MOST_LAYERS)
     interval = text.integer("full_attention_interval", 4)
     return {
         "layers": layers,

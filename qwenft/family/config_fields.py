@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,11 @@ from qwenft.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+
+#: No size of a model is larger; what is would fill the memory before a weight is read.
+_LARGEST = 2**24
+_FIX = "config.json as the checkpoint was published"
 
 
 @attrs.frozen(eq=False)
@@ -27,9 +33,12 @@ class ConfigFields:
     source: str
     prefix: str = ""
 
-    def integer(self, key: str, default: int) -> int:
-        """The positive integer at ``key``, or ``default`` where the file leaves it out."""
-        return int(self._checked(key, default, _is_positive_integer, "a positive integer"))
+    def integer(self, key: str, default: int, most: int = _LARGEST) -> int:
+        """The positive integer of at most ``most`` at ``key``, or ``default`` where the file leaves it out."""
+        found = int(self._checked(key, default, _is_positive_integer, "a positive integer"))
+        if found > most:
+            raise self.wrong(key, f"at most {most:,}")
+        return found
 
     def count(self, key: str, default: int) -> int:
         """The integer of at least 0 at ``key``, or ``default`` where the file leaves it out."""
@@ -68,8 +77,8 @@ class ConfigFields:
         """The error that says what stands at ``key`` and what was expected there."""
         got = self.values.get(key)
         path = f"{self.prefix}{key}"
-        msg = f"{self.source}: {path} in config.json is {got!r}; expected {expected}"
-        return CheckpointError(msg, source=self.source, field=path, got=got, expected=expected)
+        msg = f"{self.source}: {path} in config.json is {got!r:.200}; expected {expected}"
+        return CheckpointError(msg, fix=_FIX, source=self.source, field=path, got=got, expected=expected)
 
     def _inside(self, key: str, values: Any) -> ConfigFields:
         return ConfigFields(values, self.source, f"{self.prefix}{key}.")
@@ -87,7 +96,7 @@ class ConfigFields:
         if found is None:
             path = f"{self.prefix}{key}"
             msg = f"{self.source}: config.json has no {path}; expected {expected}"
-            raise CheckpointError(msg, source=self.source, field=path, got=None, expected=expected)
+            raise CheckpointError(msg, fix=_FIX, source=self.source, field=path, got=None, expected=expected)
         return found
 
 
@@ -101,7 +110,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_positive_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def _is_boolean(value: Any) -> bool:

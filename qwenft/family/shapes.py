@@ -13,6 +13,8 @@ import attrs
 if TYPE_CHECKING:
     from qwenft.family.config_fields import ConfigFields
 
+#: More decoder layers, layers of a tower or experts than any model of the family will have.
+MOST_LAYERS = 2**12
 # Where a config.json leaves the rotary base out, transformers takes this one, not the family's 1e7.
 _THETA_OF_TRANSFORMERS = 10_000.0
 
@@ -37,7 +39,7 @@ class ExpertShape:
     def from_fields(cls, text: ConfigFields) -> ExpertShape:
         """Read it from the text half of a config.json."""
         return cls(
-            count=text.integer("num_experts", 256),
+            count=text.integer("num_experts", 256, most=MOST_LAYERS),
             top_k=text.integer("num_experts_per_tok", 8),
             intermediate_size=text.integer("moe_intermediate_size", 512),
             shared_intermediate_size=text.integer("shared_expert_intermediate_size", 512),
@@ -86,7 +88,7 @@ class VisionShape:
         """Read it from the ``vision_config`` of a config.json."""
         return cls(
             hidden_size=vision.integer("hidden_size", 1152),
-            depth=vision.integer("depth", 27),
+            depth=vision.integer("depth", 27, most=MOST_LAYERS),
             intermediate_size=vision.integer("intermediate_size", 4304),
             heads=vision.integer("num_heads", 16),
             out_hidden_size=vision.integer("out_hidden_size", 3584),

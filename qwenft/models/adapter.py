@@ -5,8 +5,8 @@ Plans look at folders through this file, and so it loads no torch until a tensor
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,12 +16,13 @@ from safetensors import SafetensorError, safe_open
 from qwenft.errors import CheckpointError
 from qwenft.family.inventory import inventory
 from qwenft.family.parameters import added_sizes
+from qwenft.models.checkpoint import read_object, require_own_files
 from qwenft.models.weights import canonical
 from qwenft.plan.coverage import TrainedWeight
 from qwenft.specs.adapter import AdapterSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from pathlib import Path
 
     import torch
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from qwenft.family.inventory import Weight
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_FIX = f"a folder with {CONFIG} and {TENSORS}, such as run.adapter_path"
+_DTYPES = ("F32", "BF16", "F16")
+#: A repeated group: names of modules need none, and such patterns can take for ever to match nothing.
+_REPEATED = re.compile(r"\)[*+{]")
 _PARTS = {
     ".lora_A.weight": "a",
     ".lora_B.weight": "b",
@@ -105,17 +110,21 @@ class Adapter:
             CheckpointError: there is none, it is damaged, or of a kind that is not read.
         """
         try:
-            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            require_own_files(folder)
+            config = read_object(folder / CONFIG, _FIX)
             with safe_open(folder / TENSORS, framework="pt") as tensors:
                 names = list(tensors.keys())
                 shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
-        except (OSError, ValueError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{folder} is no adapter of peft, or a damaged one: {error}",
-                fix=f"a folder with {CONFIG} and {TENSORS}, such as run.adapter_path",
-                path=folder,
-            ) from None
+                dtypes = {name: tensors.get_slice(name).get_dtype() for name in names}
+        except (OSError, SafetensorError) as error:
+            problem = f"{folder} is no adapter of peft, or a damaged one: {getattr(error, 'problem', error)}"
+            raise CheckpointError(problem, fix=getattr(error, "fix", _FIX), path=folder) from None
         require_lora(config, str(folder))
+        _require_values(config, folder)
+        for name, dtype in dtypes.items():
+            if dtype not in _DTYPES:
+                problem = f"{folder / TENSORS}: {name} is held in {dtype}, expected {', '.join(_DTYPES)}"
+                raise CheckpointError(problem, fix="the adapter saved again", path=folder)
         if not shapes:
             raise CheckpointError(
                 f"{folder}: its {TENSORS} holds no tensor: it would load as nothing",
@@ -191,7 +200,11 @@ class Adapter:
         grouped: dict[tuple[str, str], dict[str, str]] = {}
         for stored in self.shapes:
             name, part = self._place(stored, places)
-            grouped.setdefault((name, "pair" if part in ("a", "b", "magnitude") else part), {})[part] = stored
+            tensors = grouped.setdefault((name, "pair" if part in ("a", "b", "magnitude") else part), {})
+            if part in tensors:
+                problem = f"it holds {tensors[part]} and {stored}, which are beside the same weight"
+                raise self._error(problem, fix="the adapter saved again")
+            tensors[part] = stored
         found = []
         for (name, how), tensors in grouped.items():
             if name == "lm_head.weight" and base.tied:
@@ -284,6 +297,63 @@ class Adapter:
 
     def _error(self, problem: str, fix: str | None = None) -> CheckpointError:
         return CheckpointError(f"{self.origin}: {problem}", fix=fix, path=self.origin)
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 0 < value <= 2**24
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 2**24
+
+
+def _is_pattern(value: Any, accepts: Callable[[Any], bool]) -> bool:
+    return isinstance(value, Mapping) and all(accepts(of_one) and _matches(key) for key, of_one in value.items())
+
+
+def _matches(pattern: str) -> bool:
+    """Whether a regular expression is one, that matches in no time."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return len(pattern) < 500 and not _REPEATED.search(pattern)
+
+
+def _is_tokens(value: Any) -> bool:
+    lists = value.values() if isinstance(value, Mapping) else [value]
+    return all(
+        isinstance(ids, list) and all(type(one) is int and 0 <= one < 2**31 for one in ids) for ids in lists
+    )
+
+
+#: What stands in peft's config and decides of the update: whether it can be left out, what it is, and in words.
+_VALUES: dict[str, tuple[bool, Callable[[Any], bool], str]] = {
+    "r": (False, _is_rank, "a whole number of at least 1"),
+    "lora_alpha": (False, _is_alpha, "a number above 0"),
+    "lora_dropout": (True, lambda value: type(value) in (int, float) and 0 <= value < 1, "a number from 0 to below 1"),
+    "use_rslora": (True, lambda value: isinstance(value, bool), "true or false"),
+    "use_dora": (True, lambda value: isinstance(value, bool), "true or false"),
+    "rank_pattern": (True, lambda value: _is_pattern(value, _is_rank), "ranks by patterns of names"),
+    "alpha_pattern": (True, lambda value: _is_pattern(value, _is_alpha), "alphas by patterns of names"),
+    "trainable_token_indices": (True, _is_tokens, "ids of tokens"),
+}
+
+
+def _require_values(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse what stands in an adapter's config and is not what peft writes there.
+
+    Raises:
+        CheckpointError: such.
+    """
+    for name, (is_optional, accepts, expected) in _VALUES.items():
+        got = config.get(name)
+        if not (is_optional and got is None) and not accepts(got):
+            raise CheckpointError(
+                f"{folder / CONFIG}: {name} is {got!r:.200}, expected {expected}",
+                fix="the adapter saved again",
+                path=folder,
+            )
 
 
 def require_lora(config: Mapping[str, Any], origin: str) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +19,14 @@ if TYPE_CHECKING:
 #: The file that says which tensor is in which file.
 INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+#: A name of a file of weights that an index may give: one beside it.
+_WEIGHT_FILE = re.compile(r"[^/\\\0]{1,200}\.safetensors")
+#: No JSON file of a checkpoint has more; a larger one is refused before it fills the memory.
+_JSON_BYTES = 2**28
 _FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 _SAMPLES = 64
 _SAMPLE_BYTES = 2**16
+_AGAIN = "copy the checkpoint again from where it was published"
 _FIX = "a checkpoint folder, a hub id such as Qwen/Qwen3.5-4B, or a family name such as qwen3.5-4b"
 
 
@@ -27,18 +34,20 @@ def architecture_of(model: ModelSpec) -> Architecture:
     """The architecture of a checkpoint, from its config.json or, for the hub's eight sizes, from the package.
 
     Raises:
-        CheckpointError: there is no such folder or id, it holds no checkpoint, or one of another family.
+        CheckpointError: there is no such folder or id, it holds no checkpoint, one of another family, or links to
+            files that lie elsewhere.
     """
     if Path(model.source).is_dir():
         folder = Path(model.source)
+        require_own_files(folder)
         _require_weights(folder)
-        return Architecture.from_config(_read_config(folder / "config.json"), name=str(folder))
+        return Architecture.from_config(read_object(folder / "config.json", _FIX), name=str(folder))
     packaged = find(model.source)
     if packaged is not None:
         return packaged
     _require_hub_id(model.source)
     return Architecture.from_config(
-        _read_config(_downloaded_config(model)), name=model.source, hub_id=model.source
+        read_object(_downloaded_config(model), _FIX), name=model.source, hub_id=model.source
     )
 
 
@@ -54,7 +63,7 @@ def quantization_of(model: ModelSpec) -> dict[str, Any] | None:
         path = _downloaded_config(model)
     else:
         return None
-    found = _read_config(path).get("quantization_config")
+    found = read_object(path, _FIX).get("quantization_config")
     return found if isinstance(found, dict) else None
 
 
@@ -67,9 +76,10 @@ def checkpoint_folder(model: ModelSpec) -> Path:
     """The local folder of a checkpoint, downloaded through huggingface_hub where it is a hub id.
 
     Raises:
-        CheckpointError: it cannot be had.
+        CheckpointError: it cannot be had, or links to files that lie elsewhere.
     """
     if Path(model.source).is_dir():
+        require_own_files(Path(model.source))
         return Path(model.source)
     _require_hub_id(model.source)
     return _download(
@@ -82,21 +92,67 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint.
 
     Raises:
-        CheckpointError: an index names a file that is missing.
+        CheckpointError: an index is damaged, or names a file that is missing, elsewhere or no safetensors file.
     """
     index = folder / INDEX
     if not index.exists():
         return [folder / "model.safetensors"]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index}: cannot be read: {error!r}", fix="copy it again", path=index) from None
-    missing = [name for name in names if not (folder / name).exists()]
+    places = read_object(index, _AGAIN).get("weight_map")
+    if not isinstance(places, dict):
+        raise CheckpointError(f"{index}: holds no weight_map of tensors and files", fix=_AGAIN, path=index)
+    for name in places.values():
+        if not isinstance(name, str) or not _WEIGHT_FILE.fullmatch(name):
+            problem = f"{index}: names {name!r:.100} as a file of weights; expected a .safetensors file beside it"
+            raise CheckpointError(problem, fix=_AGAIN, path=index)
+    names = sorted(set(places.values()))
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
             f"{folder}: {index.name} names {missing[0]}, which is missing", fix="copy it again", path=folder
         )
     return [folder / name for name in names]
+
+
+def require_own_files(folder: Path) -> None:
+    """Refuse a folder with links to files elsewhere: these would be read, exported and published as its own.
+
+    The hub's cache, whose snapshots link each file to the repository's blobs, is as it should be.
+
+    Raises:
+        CheckpointError: there is such a link.
+    """
+    home = Path(os.path.realpath(folder))
+    places = (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
+    for path in folder.iterdir():
+        real = Path(os.path.realpath(path))
+        if not any(real.is_relative_to(place) for place in places):
+            raise CheckpointError(
+                f"{path} is a link to {real}, outside of the folder",
+                fix=f"files of its own, if you trust them: cp -rL {folder} {folder}-copy",
+                path=path,
+            )
+
+
+def read_object(path: Path, fix: str) -> dict[str, Any]:
+    """The JSON object of a file.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else.
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            msg = "it is no regular file"
+            raise ValueError(msg)  # a FIFO would wait for its writer
+        if found.st_size > _JSON_BYTES:
+            msg = f"it has {found.st_size:,} bytes, and more than {_JSON_BYTES:,} are not read"
+            raise ValueError(msg)
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}", fix=fix, path=path) from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}", fix=fix, path=path)
+    return value
 
 
 def weight_digests(folder: Path) -> dict[str, str]:
@@ -121,7 +177,7 @@ def file_digest(file: Path) -> str:
 
 def _require_weights(folder: Path) -> None:
     for names in (("config.json",), ("model.safetensors", INDEX)):
-        if not any((folder / name).exists() for name in names):
+        if not any((folder / name).is_file() for name in names):
             raise CheckpointError(
                 f"{folder} is no checkpoint: it holds no {' or '.join(names)}", fix=_FIX, path=folder
             )
@@ -131,16 +187,6 @@ def _require_hub_id(source: str) -> None:
     if Path(source).exists() or Path(source).is_absolute() or not _HUB_ID.fullmatch(source):
         hint = nearest(source.lower(), FAMILY)
         raise CheckpointError(f"{source!r} is neither a folder nor a hub id{hint}", fix=_FIX, path=source)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}", fix=_FIX, path=path) from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected a JSON object", fix=_FIX, path=path)
-    return config
 
 
 def _downloaded_config(model: ModelSpec) -> Path:

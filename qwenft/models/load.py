@@ -6,7 +6,7 @@ more than the result and one tensor, or one expert of a stack.
 
 from __future__ import annotations
 
-import json
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -17,12 +17,13 @@ from accelerate import init_empty_weights
 from qwenft.errors import CheckpointError
 from qwenft.family.inventory import inventory
 from qwenft.models.bind import decoder_of
+from qwenft.models.checkpoint import read_object
 from qwenft.models.mtp import MultiTokenPrediction
 from qwenft.models.quantize import put_quantized, quantized_on_meta, read_quantized
 from qwenft.models.weights import Weights, checked, require_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from qwenft.family.architectures import Architecture
@@ -30,21 +31,32 @@ if TYPE_CHECKING:
     from qwenft.plan.storage import Storage
 
 
+_CONFIG_FIX = "config.json as the checkpoint was published"
+_TOKENIZER_FIX = "copy tokenizer.json beside it, and the configs as the checkpoint was published"
+
+
+@contextmanager
+def _explained(folder: Path, problem: str, fix: str) -> Iterator[None]:
+    """Say of every error which folder it is about: transformers and tokenizers raise what they fall over."""
+    try:
+        yield
+    except Exception as error:
+        problem = f"{folder}: {problem}: {type(error).__name__}: {error}"
+        raise CheckpointError(problem, fix=fix, path=folder) from error
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a checkpoint folder.
 
     Raises:
-        CheckpointError: the folder holds none.
+        CheckpointError: the folder holds none, a damaged one, or one that is code of its own.
     """
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: its tokenizer cannot be loaded: {error}", fix="copy tokenizer.json beside it", path=folder
-        ) from error
-    # transformers 5.23 builds the BPE anew and forgets this flag, without which some words encode otherwise.
-    saved = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    tokenizer.backend_tokenizer.model.ignore_merges = bool(saved["model"].get("ignore_merges"))
+    saved = read_object(folder / "tokenizer.json", _TOKENIZER_FIX)
+    with _explained(folder, "its tokenizer cannot be loaded", _TOKENIZER_FIX):
+        # False, for what is asked without it may be answered at the keyboard.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # transformers 5.23 builds the BPE anew and forgets this flag, without which some words encode otherwise.
+        tokenizer.backend_tokenizer.model.ignore_merges = bool(saved["model"].get("ignore_merges"))
     return tokenizer
 
 
@@ -162,19 +174,35 @@ class WeightSource:
             whole = len(range(count)[rows]) == count
             read = self.files.read(name) if whole else self.files.rows(name, rows)
             return checked(self.files, name, read, (len(range(count)[rows]), *shape)).to(device, dtype, copy=True)
-        stack = torch.empty((len(range(count)[rows]), *shape), dtype=dtype, device=device)
+        stack = torch.empty((0, *shape), dtype=dtype, device=device)
         for number, expert in enumerate(self.files.experts(name, count, rows)):
-            stack[number] = checked(self.files, name, expert, tuple(shape))
+            read = checked(self.files, name, expert, tuple(shape))
+            if number == 0:  # a stack of the sizes of a wrong config.json may fit in no memory
+                stack = torch.empty((len(range(count)[rows]), *shape), dtype=dtype, device=device)
+            stack[number] = read
         return stack
 
 
 def skeleton(loaded: Architecture, folder: Path | None = None) -> Any:
-    """The model with all its parameters on the meta device; of a folder with all that its configs say."""
-    config: Any = (
-        transformers.AutoConfig.for_model(**loaded.to_config())
-        if folder is None
-        else transformers.AutoConfig.from_pretrained(folder)
-    )
+    """The model with all its parameters on the meta device; of a folder with all that its configs say.
+
+    Raises:
+        CheckpointError: the configs of the folder make no model.
+    """
+    if folder is None:
+        return _empty_model(loaded, transformers.AutoConfig.for_model(**loaded.to_config()))
+    with _explained(folder, "its config.json makes no model", _CONFIG_FIX):
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        # A config.json may name kernels of the hub here, which transformers would fetch and run.
+        config._attn_implementation = config._experts_implementation = None
+        model = _empty_model(loaded, config)
+    if (folder / "generation_config.json").exists():
+        with _explained(folder, "its generation_config.json cannot be loaded", "copy it again, or remove it"):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _empty_model(loaded: Architecture, config: Any) -> Any:
     if loaded.is_text_only:
         config = config.get_text_config()
     config.tie_word_embeddings = loaded.tied
@@ -182,6 +210,4 @@ def skeleton(loaded: Architecture, folder: Path | None = None) -> Any:
         model = getattr(transformers, loaded.class_name)(config)
         if loaded.loads_mtp:
             model.mtp = MultiTokenPrediction(decoder_of(model))
-    if folder is not None and (folder / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model

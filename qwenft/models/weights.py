@@ -64,7 +64,7 @@ class Weights:
         folder: the checkpoint.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: a file is missing or damaged, or a tensor is there twice.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -73,7 +73,17 @@ class Weights:
         self._places: dict[str, tuple[Path, str]] = {}
         for file in self.files:
             with self._open(file) as tensors:
-                self._places |= {canonical(name): (file, name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
+                stored = list(tensors.keys())
+            found = {canonical(name): (file, name) for name in stored}
+            twice = self._places.keys() & found.keys()
+            if twice or len(found) < len(stored):
+                raise CheckpointError(
+                    f"{folder}: {file.name} holds {min(twice, default='a tensor')} a second time: which of them is "
+                    "meant cannot be told",
+                    fix="copy the checkpoint again",
+                    path=folder,
+                )
+            self._places |= found
 
     def __contains__(self, name: str) -> bool:
         """Whether a file has it as one tensor."""
@@ -134,7 +144,8 @@ class Weights:
         numbers = range(count)[wanted]
         if name in self:
             for expert in numbers:
-                yield self.rows(name, slice(expert, expert + 1))[0]
+                found = self.rows(name, slice(expert, expert + 1))
+                yield found[0] if len(found) else found  # of fewer experts, for the shape to be refused
         else:
             import torch
 
@@ -177,9 +188,10 @@ def checked(weights: Weights, name: str, read: torch.Tensor, shape: tuple[int, .
     Raises:
         CheckpointError: it is none such.
     """
-    if not read.dtype.is_floating_point or read.dtype.itemsize == 1:
+    if not read.dtype.is_floating_point or read.dtype.itemsize not in (2, 4):
         raise CheckpointError(
-            f"{weights.folder}: {name} is held in {read.dtype}, and no quantization state says how",
+            f"{weights.folder}: {name} is held in {read.dtype}; expected 16 or 32 bits, or a quantization state that "
+            "says how it is held",
             fix='the checkpoint that it was made of, with .quantize("nf4")',
             path=weights.folder,
         )

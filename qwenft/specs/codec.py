@@ -6,6 +6,7 @@ import importlib
 import json
 import operator
 import os
+import re
 from collections.abc import Callable
 from functools import partial
 from types import FunctionType
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 T = TypeVar("T")
+_ROWS_NAME = re.compile(r"data-[0-9a-f]{16}\.jsonl")
 _Mixed = tuple[tuple[DataSpec, float], ...]
 
 
@@ -74,11 +76,12 @@ class Codec:
             return self.converter.structure(value, cls)
         except QwenftError:
             raise
-        except (BaseValidationError, ExceptionGroup) as error:
+        except (BaseValidationError, ExceptionGroup, RecursionError) as error:
             causes = [leaf for leaf in _leaves(error) if isinstance(leaf, QwenftError)]
             if causes:
                 raise causes[0] from None
-            raise SpecError(f"{cls.__name__}: {'; '.join(cattrs.transform_error(error))}") from None
+            problems = [str(error)] if isinstance(error, RecursionError) else cattrs.transform_error(error)
+            raise SpecError(f"{cls.__name__}: {'; '.join(problems)}") from None
 
     def _dump_backend(self, backend: Backend) -> dict[str, Any]:
         problem = cannot_be_saved(backend)
@@ -121,16 +124,28 @@ class Codec:
     def _import(self, place: str, what: str) -> Any:
         """What stands at ``module:name``, where that module may be run."""
         module, _, name = place.partition(":")
-        if not any(module == allowed or module.startswith(f"{allowed}.") for allowed in self.allow_modules):
+        if not self._allows(module):
             raise SpecError(
                 f"the recipe names a {what} of the module {module!r}, and loading it would run that module",
-                fix=f'Recipe.load(path, allow_modules=["{module}"])',
+                fix=f'Recipe.load(path, allow_modules=["{module}"]), if you trust it',
                 got=module,
             )
         try:
-            return operator.attrgetter(name)(importlib.import_module(module))
-        except (ImportError, AttributeError) as error:
+            found = operator.attrgetter(name)(importlib.import_module(module))
+        except (ImportError, AttributeError, ValueError) as error:
             raise SpecError(f"the recipe names the {what} {place}, which cannot be loaded: {error}") from None
+        # A module has what it imports too: of the package's own that is json, shutil and subprocess.
+        home = getattr(found, "__module__", None)
+        if not self._allows(str(home)):
+            raise SpecError(
+                f"the recipe names the {what} {place}, which is of the module {home!r}",
+                fix=f"a {what} that is defined in {module}",
+                got=place,
+            )
+        return found
+
+    def _allows(self, module: str) -> bool:
+        return any(module == allowed or module.startswith(f"{allowed}.") for allowed in self.allow_modules)
 
     def _dump_iterated(self, rows: IteratedRows) -> dict[str, str]:
         if self.folder is not None:
@@ -150,7 +165,7 @@ class Codec:
         if "split" in value:
             return self.converter.structure(value, HubRows)
         name = value.get("rows")
-        if set(value) != {"rows"} or not isinstance(name, str):
+        if set(value) != {"rows"} or not isinstance(name, str) or not _ROWS_NAME.fullmatch(name):
             raise SpecError(f'DataSpec.source: expected paths or {{"rows": "data-....jsonl"}}, got {value!r}')
         assert self.folder is not None
         path = self.folder / name
@@ -159,7 +174,7 @@ class Codec:
                 rows = Rows([json.loads(line) for line in lines])
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}", path=path) from None
-        except ValueError:
+        except (ValueError, RecursionError):
             rows = None
         if rows is None or name != _rows_name(rows):
             raise CheckpointError(

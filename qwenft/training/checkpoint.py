@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from qwenft.errors import CheckpointError, DamagedError
 from qwenft.models.export import Update
 from qwenft.models.weights import canonical
+from qwenft.training.contents import require_contents, require_plain, require_states, require_whole
 from qwenft.training.differences import differences
 from qwenft.training.environment import versions
 from qwenft.training.folder import (
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 FORMAT = 3
 #: What safetensors and torch's reader raise where a file cannot be read; the last of them is no Exception.
-_READ_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
+_READ_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError, CheckpointException)
 MANIFEST = "manifest.json"
 
 
@@ -160,13 +161,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
         CheckpointError: it is of another format, or cannot be read at the moment.
     """
     fix = f"remove {path}, and continue from the checkpoint before it"
+    require_plain(path, MANIFEST)
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         written_as, files = manifest["format"], dict(manifest["files"])
     except OSError as error:
         problem = f"{path} is no checkpoint: {MANIFEST} cannot be read: {error.strerror}"
         raise _unreadable(error)(problem, path=path) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError(f"{path / MANIFEST}: is damaged: {error!r}", fix=fix, path=path) from None
     if written_as != FORMAT:
         raise CheckpointError(
@@ -174,6 +176,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             fix="the version of qwenft that wrote it",
             path=path,
         )
+    require_contents(path, manifest)
     for name, expected in files.items():
         try:
             found = _describe(path / name)
@@ -205,12 +208,14 @@ def stored_tensors(path: Path) -> dict[str, dict[str, tuple[torch.Size, torch.dt
         metadata = HuggingFaceStorageReader(str(path)).read_metadata()
     except _READ_ERRORS as error:
         raise _not_read(path, error) from error
+    require_whole(path, metadata)
     found: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}, "random": {}}
     for place, stored in metadata.storage_data.items():
         tensor = metadata.state_dict_metadata[place.fqn]
         assert isinstance(tensor, TensorStorageMetadata)
         part = stored.relative_path.rpartition("/")[2].removesuffix(".safetensors").partition("-")[0]
         found[part][place.fqn] = (tensor.size, tensor.properties.dtype)
+    require_states(path, found)
     return found
 
 
