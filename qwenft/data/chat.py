@@ -103,7 +103,8 @@ class ChatEncoder:
             return ChatTemplate(self.tokenizer, options or {})
         except PlacementError as error:
             raise DataError(
-                f"a question and an answer: {error}", fix="another chat template, or other options of it"
+                f"{self.tokenizer.name_or_path}: a question and an answer: {error}",
+                fix="another chat template, or other options of it"
             ) from None
 
     def encode(

@@ -295,14 +295,14 @@ def load_media_encoder(folder: Path, loaded: Architecture, tokenizer: Any) -> Me
     if loaded.is_text_only or not (folder / "preprocessor_config.json").exists():
         return None
 
+    file = folder / "video_preprocessor_config.json"
     try:
-        processor = AutoImageProcessor.from_pretrained(folder)
-    except (OSError, ValueError, ImportError) as error:
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        video = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return MediaEncoder(processor, loaded, video, tokenizer)
+    except Exception as error:  # transformers raises what it falls over
         raise DataError(
             f"{folder}: its image processor cannot be loaded: {error}",
             fix="preprocessor_config.json of the checkpoint beside it",
             row=None,
         ) from error
-    file = folder / "video_preprocessor_config.json"
-    video = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return MediaEncoder(processor, loaded, video, tokenizer)

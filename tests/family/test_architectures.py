@@ -218,8 +218,8 @@ def test_another_model_type_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({}, r"^m: config\.json has no model_type; expected a string$"),
-        ({"model_type": "qwen3_5"}, r"^m: config\.json has no text_config; expected an object$"),
+        ({}, r"^m: config\.json has no model_type; expected a string\n  Fix: config\.json as"),
+        ({"model_type": "qwen3_5"}, r"^m: config\.json has no text_config; expected an object\n  Fix: config\.json as"),
     ],
 )
 def test_a_missing_field_is_named(config: dict[str, object], message: str) -> None:
@@ -258,7 +258,7 @@ def test_an_ill_typed_field_is_named_by_its_path(
     path = field if section is None else f"{section}.{field}"
     with pytest.raises(CheckpointError) as caught:
         Architecture.from_config(config, "m")
-    assert str(caught.value) == f"m: {path} in config.json is {value!r}; expected {expected}"
+    assert caught.value.problem == f"m: {path} in config.json is {value!r}; expected {expected}"
     assert caught.value.field == path
     assert caught.value.got == value
 
