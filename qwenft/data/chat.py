@@ -104,7 +104,7 @@ class ChatEncoder:
         except PlacementError as error:
             raise DataError(
                 f"{self.tokenizer.name_or_path}: a question and an answer: {error}",
-                fix="another chat template, or other options of it"
+                fix="another chat template, or other options of it",
             ) from None
 
     def encode(

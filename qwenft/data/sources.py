@@ -277,7 +277,7 @@ def _parquet(path: Path, _: BadRow) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(without_none(values), str(path), number)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise _unreadable(path, f"is no whole Parquet file, behind row {number}: {error}") from None
 
 

@@ -271,7 +271,7 @@ class ChatTemplate:
             )
         except Exception as error:  # a template is code of somebody else's, in jinja's sandbox
             msg = f"the checkpoint's chat template refuses it: {error}"
-            raise PlacementError(msg) from None
+            raise PlacementError(msg) from error
 
 
 _KINDS = ("reasoning", "content", "call")

@@ -331,7 +331,11 @@ def _is_tokens(value: Any) -> bool:
 _VALUES: dict[str, tuple[bool, Callable[[Any], bool], str]] = {
     "r": (False, _is_rank, "a whole number of at least 1"),
     "lora_alpha": (False, _is_alpha, "a number above 0"),
-    "lora_dropout": (True, lambda value: type(value) in (int, float) and 0 <= value < 1, "a number from 0 to below 1"),
+    "lora_dropout": (
+        True,
+        lambda value: type(value) in (int, float) and 0 <= value < 1,
+        "a number from 0 to below 1",
+    ),
     "use_rslora": (True, lambda value: isinstance(value, bool), "true or false"),
     "use_dora": (True, lambda value: isinstance(value, bool), "true or false"),
     "rank_pattern": (True, lambda value: _is_pattern(value, _is_rank), "ranks by patterns of names"),

@@ -140,14 +140,7 @@ def read_object(path: Path, fix: str) -> dict[str, Any]:
         CheckpointError: it cannot be read, or holds something else.
     """
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            msg = "it is no regular file"
-            raise ValueError(msg)  # a FIFO would wait for its writer
-        if found.st_size > _JSON_BYTES:
-            msg = f"it has {found.st_size:,} bytes, and more than {_JSON_BYTES:,} are not read"
-            raise ValueError(msg)
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}", fix=fix, path=path) from None
     if not isinstance(value, dict):
@@ -173,6 +166,17 @@ def file_digest(file: Path) -> str:
             content.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
             digest.update(content.read(_SAMPLE_BYTES))
     return f"{size:,} bytes, sha256 of samples {digest.hexdigest()}"
+
+
+def _text(path: Path) -> str:
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # a FIFO would wait for its writer
+        msg = "it is no regular file"
+        raise ValueError(msg)
+    if found.st_size > _JSON_BYTES:
+        msg = f"it has {found.st_size:,} bytes, and more than {_JSON_BYTES:,} are not read"
+        raise ValueError(msg)
+    return path.read_text(encoding="utf-8")
 
 
 def _require_weights(folder: Path) -> None:

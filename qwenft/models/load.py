@@ -194,7 +194,7 @@ def skeleton(loaded: Architecture, folder: Path | None = None) -> Any:
     with _explained(folder, "its config.json makes no model", _CONFIG_FIX):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         # A config.json may name kernels of the hub here, which transformers would fetch and run.
-        config._attn_implementation = config._experts_implementation = None
+        config._attn_implementation = config._experts_implementation = None  # noqa: SLF001 - it has no other names
         model = _empty_model(loaded, config)
     if (folder / "generation_config.json").exists():
         with _explained(folder, "its generation_config.json cannot be loaded", "copy it again, or remove it"):

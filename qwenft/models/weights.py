@@ -78,8 +78,8 @@ class Weights:
             twice = self._places.keys() & found.keys()
             if twice or len(found) < len(stored):
                 raise CheckpointError(
-                    f"{folder}: {file.name} holds {min(twice, default='a tensor')} a second time: which of them is "
-                    "meant cannot be told",
+                    f"{folder}: {file.name} holds {min(twice, default='a tensor')} a second time: which of "
+                    "them is meant cannot be told",
                     fix="copy the checkpoint again",
                     path=folder,
                 )
@@ -190,8 +190,8 @@ def checked(weights: Weights, name: str, read: torch.Tensor, shape: tuple[int, .
     """
     if not read.dtype.is_floating_point or read.dtype.itemsize not in (2, 4):
         raise CheckpointError(
-            f"{weights.folder}: {name} is held in {read.dtype}; expected 16 or 32 bits, or a quantization state that "
-            "says how it is held",
+            f"{weights.folder}: {name} is held in {read.dtype}; expected 16 or 32 bits, or a quantization state "
+            "that says how it is held",
             fix='the checkpoint that it was made of, with .quantize("nf4")',
             path=weights.folder,
         )

@@ -60,7 +60,9 @@ def require_contents(path: Path, manifest: Mapping[str, Any]) -> None:
     files = manifest["files"]
     odd = [name for name in files if not _FILE.fullmatch(name)] if isinstance(files, dict) else []
     if odd:
-        problem = f"{path}: its manifest names {odd[0]!r:.200}; expected files beside it, such as model.safetensors"
+        problem = (
+            f"{path}: its manifest names {odd[0]!r:.200}; expected files beside it, such as model.safetensors"
+        )
         raise CheckpointError(problem, fix=_FIX, path=path)
     for name, (accepts, expected) in _VALUES.items():
         if not accepts(manifest.get(name)):
@@ -92,24 +94,12 @@ def require_whole(path: Path, metadata: Metadata) -> None:
 def require_states(path: Path, found: Mapping[str, Entries]) -> None:
     """Refuse moments that are not of the weights beside them, and random states that are none.
 
-    An optimizer's kernels believe that a moment has the shape of its parameter, and reach behind one that has not.
-
     Raises:
         CheckpointError: such.
     """
-    for name, (shape, dtype) in found["optimizer"].items():
-        parameter, _, kind = name.partition(":")
-        of, held_in = found["model"].get(parameter, (None, None))
-        fits, may_be = shape == of, {torch.float32, held_in}
-        if kind == "step":
-            fits = shape.numel() == 1
-        elif kind.startswith(("qmap", "absmax")):  # their optimizer has its own room for these
-            fits = of is not None
-        elif kind.startswith("state"):
-            may_be |= {torch.uint8}
-        if of is None or not fits or dtype not in may_be:
-            problem = f"{path}: {name} is of {tuple(shape)} {dtype}, beside a weight of {of and tuple(of)} {held_in}"
-            raise CheckpointError(problem, fix=_FIX, path=path)
+    _require_moments(path, found["optimizer"], found["model"])
+    if found["random"] and "cpu" not in found["random"]:
+        raise CheckpointError(f"{path}: holds no random state of the CPU", fix=_FIX, path=path)
     for file in path.glob("random*.safetensors"):
         try:
             with safe_open(file, framework="pt") as states:
@@ -119,8 +109,25 @@ def require_states(path: Path, found: Mapping[str, Entries]) -> None:
         except (OSError, SafetensorError, RuntimeError, TypeError) as error:
             problem = f"{file}: holds no random states of torch: {error}"
             raise CheckpointError(problem, fix=_FIX, path=path) from None
-    if found["random"] and "cpu" not in found["random"]:
-        raise CheckpointError(f"{path}: holds no random state of the CPU", fix=_FIX, path=path)
+
+
+def _require_moments(path: Path, moments: Entries, weights: Entries) -> None:
+    """A kernel of an optimizer believes that a moment has the shape of its weight, and reaches behind another."""
+    for name, (shape, dtype) in moments.items():
+        parameter, _, kind = name.partition(":")
+        of, held_in = weights.get(parameter, (None, None))
+        fits, may_be = shape == of, {torch.float32, held_in}
+        if kind == "step":
+            fits = shape.numel() == 1
+        elif kind.startswith(("qmap", "absmax")):  # their optimizer has its own room for these
+            fits = of is not None
+        elif kind.startswith("state"):
+            may_be |= {torch.uint8}
+        if of is None or not fits or dtype not in may_be:
+            problem = (
+                f"{path}: {name} is of {tuple(shape)} {dtype}, beside a weight of {of and tuple(of)} {held_in}"
+            )
+            raise CheckpointError(problem, fix=_FIX, path=path)
 
 
 def _is_count(value: Any) -> bool:

@@ -219,7 +219,10 @@ def test_another_model_type_is_refused_by_name() -> None:
     ("config", "message"),
     [
         ({}, r"^m: config\.json has no model_type; expected a string\n  Fix: config\.json as"),
-        ({"model_type": "qwen3_5"}, r"^m: config\.json has no text_config; expected an object\n  Fix: config\.json as"),
+        (
+            {"model_type": "qwen3_5"},
+            r"^m: config\.json has no text_config; expected an object\n  Fix: config\.json as",
+        ),
     ],
 )
 def test_a_missing_field_is_named(config: dict[str, object], message: str) -> None:

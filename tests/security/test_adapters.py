@@ -67,7 +67,7 @@ def test_values_that_peft_does_not_write_are_refused(adapter, use, name, value):
     ],
 )
 def test_what_decides_of_no_tensor_is_not_looked_at(adapter, use, values):
-    """peft imports libraries that such fields name; here they are fields of a JSON file."""
+    """Peft imports libraries that such fields name; here they are fields of a JSON file."""
     change_json(adapter / CONFIG, **values)
     assert use().trained_parameters == 4 * 64 + 256 * 4
 
@@ -91,7 +91,10 @@ def repeated(tensors):
 
 FILES = {
     "a pickle alone": (pickle_alone, "No such file"),
-    "a pickle in its place": (lambda folder: (folder / TENSORS).write_bytes(pickled(folder / "ran")), "header too"),
+    "a pickle in its place": (
+        lambda folder: (folder / TENSORS).write_bytes(pickled(folder / "ran")),
+        "header too",
+    ),
     "a header of 2^60 bytes": (
         lambda folder: (folder / TENSORS).write_bytes(struct.pack("<Q", 2**60) + b"{}"),
         "header too large",
@@ -100,7 +103,10 @@ FILES = {
     "a link": (lambda folder: link_out(folder / TENSORS), "is a link to"),
     "a linked config": (lambda folder: link_out(folder / CONFIG), "is a link to"),
     "deep JSON": (lambda folder: (folder / CONFIG).write_text(DEEP), "maximum recursion"),
-    "whole numbers": (with_tensors(lambda held: {name: one.long() for name, one in held.items()}), "is held in I64"),
+    "whole numbers": (
+        with_tensors(lambda held: {name: one.long() for name, one in held.items()}),
+        "is held in I64",
+    ),
     "64 bits": (with_tensors(lambda held: {name: one.double() for name, one in held.items()}), "is held in F64"),
     "scalars": (with_tensors(lambda held: {name: torch.tensor(1.0) for name in held}), "is of the shapes"),
     "a tensor twice": (with_tensors(repeated), "which are beside the same weight"),

@@ -77,13 +77,17 @@ FILES = {
     "numbers": (lambda folder: write_raw(folder / WEIGHTS, {"a": 3}), "invalid JSON"),
     "overlapping tensors": (
         with_header(
-            lambda header, _: header[NAME].update(data_offsets=header[another_of_its_shape(header)]["data_offsets"])
+            lambda header, _: header[NAME].update(
+                data_offsets=header[another_of_its_shape(header)]["data_offsets"]
+            )
         ),
         "invalid offset",
     ),
     "a hole": (
         with_header(
-            lambda header, end: header.update(x={"dtype": "F32", "shape": [1], "data_offsets": [end + 4, end + 8]}),
+            lambda header, end: header.update(
+                x={"dtype": "F32", "shape": [1], "data_offsets": [end + 4, end + 8]}
+            ),
             bytes(8),
         ),
         "invalid offset for tensor `x`",
@@ -127,7 +131,11 @@ def test_weights_that_are_none_are_refused(copy, case):
 
 def everything_in(target):
     def places(folder):
-        return {"weight_map": {name: target(folder) for name in header_of(folder / WEIGHTS)[0] if name != "__metadata__"}}
+        return {
+            "weight_map": {
+                name: target(folder) for name in header_of(folder / WEIGHTS)[0] if name != "__metadata__"
+            }
+        }
 
     return places
 
@@ -205,7 +213,10 @@ CODE = "import pathlib\npathlib.Path(__file__).with_name('ran').mkdir()\n"
     ("file", "changes"),
     [
         ("config.json", {"auto_map": {"AutoConfig": "own.Own", "AutoTokenizer": ["own.Own", None]}}),
-        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}),
+        (
+            "tokenizer_config.json",
+            {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"},
+        ),
         ("generation_config.json", {"custom_generate": "own"}),
     ],
 )
@@ -223,7 +234,9 @@ def test_a_tokenizer_that_is_code_is_refused_and_nobody_is_asked(copy, monkeypat
     (copy / "own.py").write_text(CODE)
     asked = []
     loading = "transformers.AutoTokenizer.from_pretrained"
-    monkeypatch.setattr(loading, lambda *_, **options: asked.append(options) or (_ for _ in ()).throw(ValueError("no")))
+    monkeypatch.setattr(
+        loading, lambda *_, **options: asked.append(options) or (_ for _ in ()).throw(ValueError("no"))
+    )
     with pytest.raises(qf.CheckpointError, match="its tokenizer cannot be loaded: ValueError: no"):
         load_tokenizer(copy)
     assert asked == [{"trust_remote_code": False}]
@@ -232,7 +245,7 @@ def test_a_tokenizer_that_is_code_is_refused_and_nobody_is_asked(copy, monkeypat
 @pytest.mark.parametrize("place", ["top", "text_config", "vision_config"])
 @pytest.mark.parametrize("name", ["_attn_implementation", "attn_implementation", "experts_implementation"])
 def test_kernels_that_a_config_names_are_not_fetched(copy, monkeypatch, name, place):
-    """transformers would load "org/kernel" of a config.json from the hub, and run it."""
+    """Transformers would load "org/kernel" of a config.json from the hub, and run it."""
     monkeypatch.setattr(
         "transformers.integrations.hub_kernels.get_kernel", lambda *_, **__: pytest.fail("fetched"), raising=False
     )
@@ -273,7 +286,12 @@ def test_a_rope_base_that_is_no_float_is_refused(copy):
     config = json.loads((copy / "config.json").read_text())
     config["text_config"]["rope_parameters"]["rope_theta"] = 10**400
     (copy / "config.json").write_text(json.dumps(config))
-    refused(qf.CheckpointError, lambda: load(copy), copy, "rope_theta in config.json is 1000.*expected a positive number")
+    refused(
+        qf.CheckpointError,
+        lambda: load(copy),
+        copy,
+        "rope_theta in config.json is 1000.*expected a positive number",
+    )
 
 
 def test_a_config_that_would_fill_the_memory_is_not_read(copy):
@@ -293,7 +311,9 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "file", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+)
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_damaged_configs_are_named(copy, file, damage):
     """Each is a CheckpointError with the folder."""

@@ -15,7 +15,7 @@ from PIL import Image
 from pyarrow import parquet
 
 import qwenft as qf
-from qwenft.data.pictures import Pictures, PictureError
+from qwenft.data.pictures import PictureError, Pictures
 from qwenft.data.sources import read_rows
 
 from .hostile import pickled, refused
@@ -27,7 +27,9 @@ def read(path):
     return list(read_rows(qf.DataSpec.messages(path)))
 
 
-@pytest.mark.parametrize("name", ["chats.jsonl.gz", "chats.zip", "chats.pkl", "chats.pt", "chats.arrow", "chats.txt"])
+@pytest.mark.parametrize(
+    "name", ["chats.jsonl.gz", "chats.zip", "chats.pkl", "chats.pt", "chats.arrow", "chats.txt"]
+)
 def test_archives_and_pickles_are_not_opened(tmp_path, name):
     """What is compressed is not unpacked, and nothing but the named kinds is read."""
     path = tmp_path / name
@@ -51,9 +53,9 @@ def test_archives_and_pickles_by_another_name_are_not_opened(tmp_path, suffix, k
 
 
 def test_a_line_of_many_brackets_is_named_with_its_row(tmp_path):
-    """A hundred megabytes of brackets end at the first thousands."""
+    """Megabytes of brackets end at the first thousands."""
     path = tmp_path / "chats.jsonl"
-    path.write_text(f"{json.dumps(CHAT)}\n{'[' * 100_000_000}\n")
+    path.write_text(f"{json.dumps(CHAT)}\n{'[' * 20_000_000}\n")
     with pytest.raises(qf.DataError, match="line 2: is nested too deeply") as caught:
         read(path)
     assert (caught.value.file, caught.value.row) == (str(path), 2)
@@ -80,15 +82,15 @@ def test_a_parquet_file_that_is_damaged_anywhere_is_an_error_or_its_rows(tmp_pat
     path = tmp_path / "chats.parquet"
     parquet.write_table(pa.Table.from_pylist([CHAT] * 3), path)
     content = path.read_bytes()
-    errors = 0
+    files = []
     for where in range(0, len(content), 7):
         path.write_bytes(damaged(content, where))
         try:
             read(path)
         except qf.DataError as error:
-            errors += 1
-            assert error.file == str(path)
-    assert errors > 20
+            files.append(error.file)
+    assert len(files) > 20
+    assert set(files) == {str(path)}
 
 
 def chunk(name, content):
@@ -105,7 +107,7 @@ def png(*chunks, size=(64, 64)):
 
 def test_texts_of_an_image_are_not_unpacked_without_end():
     """A PNG whose comment is a bomb is broken, or read without it; its gigabytes are never there."""
-    bomb = b"Comment\0\0" + zlib.compress(bytes(200_000_000), 9)
+    bomb = b"Comment\0\0" + zlib.compress(bytes(50_000_000), 9)
     with pytest.raises(PictureError, match="is broken"):
         Pictures().find(png(chunk(b"zTXt", bomb))).open()
 
@@ -123,5 +125,5 @@ def test_a_chunk_that_claims_gigabytes_is_truncated():
     """Its length is not believed."""
     content = png()
     claimed = content[:33] + struct.pack(">I", 2**31 - 1) + b"eXIf" + content[33:]
-    with pytest.raises(PictureError, match="truncated, or a wrong checksum"):
+    with pytest.raises(PictureError, match=r"is broken: (Truncated|truncated)"):
         Pictures().find(claimed)

@@ -111,7 +111,9 @@ FILES = {
         "holds model.bin, which its manifest has not",
     ),
     "weights that are not named": (
-        lambda folder: save_file(each(torch.zeros_like)(load_file(folder / MODEL)), folder / "model-2.safetensors"),
+        lambda folder: save_file(
+            each(torch.zeros_like)(load_file(folder / MODEL)), folder / "model-2.safetensors"
+        ),
         r"holds model-2\.safetensors",
     ),
     "hidden weights": (
@@ -187,7 +189,9 @@ VALUES = {
 def test_values_of_another_kind_are_named(saved, copy, name, value):
     """A manifest's values become attributes of what trains, and so each is what is written there."""
     change_json(copy / "manifest.json", **{name: value})
-    refused(qf.CheckpointError, lambda: saved[0].load(copy), copy, f"manifest has {name} = .*; expected|is damaged")
+    refused(
+        qf.CheckpointError, lambda: saved[0].load(copy), copy, f"manifest has {name} = .*; expected|is damaged"
+    )
 
 
 def test_hidden_files_of_file_systems_are_no_part_of_it(saved, copy):

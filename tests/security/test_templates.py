@@ -46,7 +46,12 @@ def test_a_template_that_reaches_out_of_its_sandbox_is_refused(copy, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    "text", ["{{ '%s'|format(messages)|attr('__class__') }}", "{{ '{0.__class__}'.format(1) }}", "{{ lipsum.__globals__ }}"]
+    "text",
+    [
+        "{{ '%s'|format(messages)|attr('__class__') }}",
+        "{{ '{0.__class__}'.format(1) }}",
+        "{{ lipsum.__globals__ }}",
+    ],
 )
 def test_what_the_sandbox_leaves_undefined_is_not_shown(copy, text):
     """Attributes that filters and formats ask for are nothing."""
