@@ -21,8 +21,8 @@ TENSORS = {
     "model.b.weight": torch.arange(12, dtype=torch.bfloat16).reshape(2, 6),
     "model.c": torch.arange(5, dtype=torch.int64),
 }
-FEW = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-MANY = settings(FEW, max_examples=20_000)
+FEW = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(FEW, max_examples=5_000)
 
 
 @pytest.fixture
