@@ -236,7 +236,9 @@ def read_tensors(path: Path, wanted: dict[str, torch.Tensor]) -> None:
 
 def _not_read(path: Path, error: BaseException) -> CheckpointError:
     """What torch wraps is in its last line."""
-    return CheckpointError(f"{path}: cannot be read: {str(error).strip().splitlines()[-1]}", path=path)
+    cause = str(error).strip().splitlines()[-1]
+    fix = f"remove {path}, and continue from the checkpoint before it"
+    return CheckpointError(f"{path}: cannot be read: {cause}", fix=fix, path=path)
 
 
 def trained_in(path: Path) -> dict[str, Update]:

@@ -106,10 +106,6 @@ FILES = {
         lambda folder: ((folder / "model.bin").write_bytes(pickled(folder / "ran")), named("model.bin")(folder)),
         "names 'model.bin'",
     ),
-    "a pickle that is not named": (
-        lambda folder: (folder / "model.bin").write_bytes(pickled(folder / "ran")),
-        "holds model.bin, which its manifest has not",
-    ),
     "weights that are not named": (
         lambda folder: save_file(
             each(torch.zeros_like)(load_file(folder / MODEL)), folder / "model-2.safetensors"
@@ -194,8 +190,8 @@ def test_values_of_another_kind_are_named(saved, copy, name, value):
     )
 
 
-def test_hidden_files_of_file_systems_are_no_part_of_it(saved, copy):
-    """What lies there of a file manager or of NFS is not looked at."""
-    for name in (".DS_Store", ".nfs0001"):
+def test_other_files_are_no_part_of_it(saved, copy):
+    """What lies there of a file manager, of NFS or of the user is not looked at."""
+    for name in (".DS_Store", ".nfs0001", "notes.txt"):
         (copy / name).write_bytes(b"x")
     saved[0].load(copy)
