@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,6 +22,12 @@ def failing(hidden, batch, head):
         msg = "no more of this"
         raise ZeroDivisionError(msg)
     return supervised_loss(hidden, head, batch.labels, batch.weights)
+
+
+def poisoned(hidden, batch, head):
+    """Infinite for the seventh row, and cross entropy for all others."""
+    total = supervised_loss(hidden, head, batch.labels, batch.weights)
+    return total * math.inf if ("rows in memory", 7) in batch.documents else total
 
 
 def stalling(hidden, batch, head):

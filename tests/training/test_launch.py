@@ -21,7 +21,7 @@ from qwenft.training.launch import _watch
 from qwenft.training.ranks import Ranks
 from qwenft.training.run_folder import RunFolder
 
-from .faults import dying, failing, stalling
+from .faults import dying, failing, poisoned, stalling
 from .helpers import chats, comparable, recipe, written
 from .test_shards import ROOT
 
@@ -132,6 +132,18 @@ def test_a_process_that_the_others_wait_for_is_named(dense_checkpoint, tmp_path,
     assert run.ending == "finished"
     (notice,) = run.notices
     assert re.fullmatch(rf"step 1 has taken \d+ s so far: {told}.*", notice)
+
+
+def test_a_step_that_is_not_finite_in_one_process_is_left_out_by_all(dense_checkpoint, tmp_path):
+    """Documents and layer come from the process that has them, and the run goes on to its end."""
+    options = {"loss": poisoned, "non_finite": "skip", "evaluate_every": None, "max_steps": 8}
+    run = shared(dense_checkpoint, **options).compile().launch(tmp_path / "run", processes=2, progress=False)
+    assert run.ending == "finished"
+    left_out = [record for record in run.history if "skipped" in record]
+    assert left_out
+    assert all(["rows in memory", 7] in record["skipped"] for record in left_out)
+    assert len(run.notices) == len(left_out)
+    assert all("loss inf" in notice and "it began in the loss, forward" in notice for notice in run.notices)
 
 
 def test_every_step_is_told_once(tmp_path):
