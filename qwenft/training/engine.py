@@ -266,7 +266,8 @@ class Prepared(Learner):
             f"step {self.steps_done + 1}: loss {sum(losses)}, gradient norm {grad_norm}; "
             f"{'in' if guilty else 'in one of'} {places_text(documents)}{began}"
             + ("; the optimizer stepped in backward: parameters are not finite any more" if changed else ""),
-            fix="look at these documents; where they are right, a smaller learning_rate or a longer warmup_ratio",
+            fix="look at these documents; where they are right, a smaller learning_rate or a longer warmup_ratio; "
+            'non_finite="skip" leaves such steps out',
             step=self.steps_done + 1,
             loss=sum(losses),
             grad_norm=grad_norm,

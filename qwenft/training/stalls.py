@@ -23,8 +23,8 @@ BEAT, PATIENCE = 2.0, 60.0
 class Pulse:
     """While it is entered, every process tells the others where it is, and the first says who holds them up.
 
-    A process is stopped, or its machine is gone, where its signs of life end; it stalls where it is in code of its
-    own while others are in a collective. A collective that the device alone waits in cannot be seen.
+    A process is stopped, or its machine is gone, where its signs of life end; it stalls where it stays at one place
+    of its own code while others are in a collective. A collective that the device alone waits in cannot be seen.
 
     Args:
         ranks: the processes; of one alone nothing is watched.
@@ -42,7 +42,8 @@ class Pulse:
         self._trains = threading.get_ident()
         self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
         self._seen: dict[int, dict[str, Any]] = {}
-        self._changed = dict.fromkeys(range(ranks.count), time.monotonic())
+        self._heard = dict.fromkeys(range(ranks.count), time.monotonic())
+        self._moved = dict(self._heard)
 
     def __enter__(self) -> Self:
         if self._ranks.store is not None:
@@ -61,14 +62,14 @@ class Pulse:
         now = time.monotonic()
         silent = {
             rank: f"has given no sign of life for {now - since:.0f} s: it is stopped, or its machine is gone"
-            for rank, since in self._changed.items()
+            for rank, since in self._heard.items()
             if now - since > 4 * BEAT
         }
         least = min((seen["step"] for seen in self._seen.values()), default=0)
         busy = {
             rank: f"is in step {seen['step']}, at {seen['at']}"
             for rank, seen in self._seen.items()
-            if seen["step"] == least and not seen["waits"]
+            if seen["step"] == least and not seen["waits"] and now - self._moved[rank] > PATIENCE / 2
         }
         return silent or (busy if len(busy) < self._ranks.count else {})
 
@@ -95,8 +96,12 @@ class Pulse:
         for rank in range(self._ranks.count):
             if store.check([f"pulse-{rank}"]):
                 seen = json.loads(store.get(f"pulse-{rank}"))
-                if seen != self._seen.get(rank):
-                    self._seen[rank], self._changed[rank] = seen, time.monotonic()
+                before = self._seen.get(rank, {})
+                if seen != before:
+                    self._heard[rank] = time.monotonic()
+                if {**seen, "number": 0} != {**before, "number": 0}:
+                    self._moved[rank] = time.monotonic()
+                self._seen[rank] = seen
 
     def _where(self) -> tuple[str, bool]:
         """Where the training thread is, and whether that is a collective."""

@@ -19,12 +19,15 @@ from qwenft.training.stalls import Pulse, is_of_collective
         ([(5, False), (4, True), (5, True)], set()),  # nobody is behind who is at something else
     ],
 )
-def test_those_who_are_behind_at_something_else(places, suspects):
-    """Of those in the earliest step, the ones that are in no collective, unless all are."""
+def test_those_who_are_behind_at_something_else(monkeypatch, places, suspects):
+    """Of those in the earliest step, the ones that stay in code of their own, unless all do."""
+    monkeypatch.setattr(stalls, "PATIENCE", 0.0)
     pulse = Pulse(Ranks(0, len(places), store=HashStore()), print)
     for rank, (step, waits) in enumerate(places):
         pulse._seen[rank] = {"step": step, "at": "data", "waits": waits}
     assert set(pulse.suspects()) == suspects
+    monkeypatch.setattr(stalls, "PATIENCE", 1000.0)  # all have only just come to where they are
+    assert pulse.suspects() == {}
 
 
 def test_those_who_give_no_sign(monkeypatch):
@@ -32,7 +35,7 @@ def test_those_who_give_no_sign(monkeypatch):
     monkeypatch.setattr(stalls, "BEAT", 0.0)
     pulse = Pulse(Ranks(0, 2, store=HashStore()), print)
     pulse._seen = {rank: {"step": 1, "at": "data", "waits": rank == 0} for rank in range(2)}
-    pulse._changed[0] += 1000
+    pulse._heard[0] += 1000
     assert "has given no sign of life" in pulse.suspects()[1]
     assert set(pulse.suspects()) == {1}
 
