@@ -23,8 +23,9 @@ BEAT, PATIENCE = 2.0, 60.0
 class Pulse:
     """While it is entered, every process tells the others where it is, and the first says who holds them up.
 
-    A process is stopped, or its machine is gone, where its signs of life end; it stalls where it stays at one place
-    of its own code while others are in a collective. A collective that the device alone waits in cannot be seen.
+    A process is stopped, or its machine is gone, where its signs of life end; it stalls where it stays at one
+    place of its own code while others are in a collective. A collective that the device alone waits in cannot be
+    seen.
 
     Args:
         ranks: the processes; of one alone nothing is watched.
