@@ -12,7 +12,6 @@ from qwenft.run import Run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from contextlib import AbstractContextManager
 
     from qwenft.training.engine import Prepared
     from qwenft.training.run_folder import RunFolder
@@ -44,8 +43,8 @@ def train(
     _require_resume(resume)
     folder = RunFolder(path)
     with ExitStack() as stack:
-        plan.ranks.by_first(lambda: _enter(stack, folder.locked()))
-        prepared, history, notices = _begin(plan, folder, resume, accept)
+        notices = plan.ranks.by_first(lambda: stack.enter_context(folder.locked()))
+        prepared, history, found = _begin(plan, folder, resume, accept)
         speaks = prepared.ranks.is_first
         stack.callback(return_freed_memory)
         shown = stack.enter_context(
@@ -60,7 +59,7 @@ def train(
             on_save=_all(on_save),
             on_notice=_all(shown.notice, folder.notice if speaks else None),
         )
-        for notice in notices if speaks else ():
+        for notice in (*notices, *found) if speaks else ():
             listeners.on_notice(notice)
         with _memory_planned(plan):
             ending = loop.train(prepared, folder, history, listeners, state_bytes=plan.state.total)
@@ -160,7 +159,7 @@ def _begin(
     ranks.together(plan.verify)
     with ExitStack() as stack:
         if not continues:
-            ranks.by_first(lambda: _enter(stack, folder.claimed(plan.summary())))
+            ranks.by_first(lambda: stack.enter_context(folder.claimed(plan.summary())))
         ranks.by_first(lambda: folder.write("environment.json", environment()))
         if plan.is_saved_whole:
             ranks.by_first(lambda: plan.recipe.save(path / "recipe.json"))
@@ -223,10 +222,6 @@ def _continues(folder: RunFolder, resume: str) -> bool:
         return True
     folder.require_free()
     return False
-
-
-def _enter(stack: ExitStack, context: AbstractContextManager[None]) -> None:
-    stack.enter_context(context)
 
 
 def _leave_results(run: Run) -> None:

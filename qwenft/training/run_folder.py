@@ -36,10 +36,13 @@ class RunFolder:
     path: Path
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[list[str]]:
         """Keep other processes from writing here; a folder that is not there is made, for its user alone.
 
         Where no run has begun in the end, nothing is left of it.
+
+        Yields:
+            What the user is to be told: that the file system has no locks, as some of clusters have none.
 
         Raises:
             CheckpointError: another process trains here, or the place is taken or cannot be written.
@@ -52,6 +55,7 @@ class RunFolder:
             file = (self.path / _LOCK).open("a+", encoding="utf-8")
         except OSError as error:
             raise cannot_be_written(self.path, error) from error
+        notices: list[str] = []
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,16 +67,15 @@ class RunFolder:
                     path=self.path,
                 ) from None
             except OSError as error:
-                raise CheckpointError(
-                    f"{self.path}: its file system cannot lock a file: {error.strerror}",
-                    fix="a folder on another one, or there the mount option that allows it (flock)",
-                    path=self.path,
-                ) from error
+                notices.append(
+                    f"{self.path} cannot be locked on its file system ({error.strerror}): that no other process "
+                    "trains here is not watched"
+                )
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
             file.flush()
             try:
-                yield
+                yield notices
             finally:
                 self._leave_unclaimed(is_new=is_new)
 

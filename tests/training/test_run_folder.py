@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -101,6 +102,20 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
     assert not folder.is_locked
     with folder.locked():
         pass
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """Some of clusters have none: the run goes on, and the user is told what nobody watches then."""
+
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with RunFolder(tmp_path / "run").locked() as notices:
+        assert "cannot be locked on its file system (Function not implemented)" in notices[0]
+    monkeypatch.undo()
+    with RunFolder(tmp_path / "run").locked() as notices:
+        assert notices == []
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
