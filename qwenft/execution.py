@@ -75,7 +75,8 @@ def train(
 @contextmanager
 def _memory_planned(plan: TrainingPlan) -> Iterator[None]:
     """Put what was planned, and what would help, beside a shortage of memory."""
-    from qwenft.reports.text import bytes_text, memory_text
+    from qwenft.display import bytes_text
+    from qwenft.reports.text import memory_text
 
     try:
         yield

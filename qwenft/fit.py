@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from qwenft.display import bytes_text
 from qwenft.errors import PlanError
 from qwenft.machine import GIB
 from qwenft.plan.findings import blocked
-from qwenft.reports.text import bytes_text
 from qwenft.specs.parallel import ParallelSpec
 
 if TYPE_CHECKING:

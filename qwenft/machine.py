@@ -13,13 +13,14 @@ from typing import Any
 
 import attrs
 
+from qwenft.display import Shown, bytes_text
 from qwenft.errors import SpecError, nearest
 
 GIB = 2**30
 
 
-@attrs.frozen
-class Machine:
+@attrs.frozen(repr=False)
+class Machine(Shown):
     """What a plan needs to know of the hardware.
 
     Args:
@@ -51,6 +52,20 @@ class Machine:
     operations: tuple[tuple[str, float], ...] = ()
     link: float = 0.0
     libraries: tuple[tuple[str, str], ...] | None = None
+
+    def shown(self) -> list[tuple[str, str]]:
+        """What a plan needs to know of it."""
+        gpus = f"{self.accelerators} x {bytes_text(self.accelerator_bytes)}" if self.accelerators else "none"
+        rates = ", ".join(f"{dtype} {rate / 1e12:,.3g} TFLOP/s" for dtype, rate in self.operations)
+        assumed = ", ".join(f"{name} {version}" for name, version in self.libraries or ())
+        return [
+            ("name", self.name),
+            ("GPUs", gpus),
+            ("host", f"{self.cores} cores, {bytes_text(self.host_bytes)}"),
+            *((("bandwidth", f"{self.bandwidth / 1e9:,.0f} GB/s"),) if self.bandwidth else ()),
+            *((("rates", rates),) if rates else ()),
+            *((("assumed libraries", assumed or "none"),) if self.libraries is not None else ()),
+        ]
 
     @property
     def memory_bytes(self) -> int:

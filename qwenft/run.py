@@ -329,3 +329,8 @@ class Run:
         from qwenft.reports.text import render_run
 
         return render_run(self)
+
+    def _repr_html_(self) -> str:
+        from qwenft.reports.html import render_run
+
+        return render_run(self)

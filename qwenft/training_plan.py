@@ -17,8 +17,8 @@ from qwenft.family.inventory import role_of
 from qwenft.forecast import Forecast
 from qwenft.models.adapter import TENSORS, Adapter
 from qwenft.models.checkpoint import checkpoint_folder
-from qwenft.plan.coverage import CoverageRow, coverage
-from qwenft.plan.findings import LEVELS, Finding, error
+from qwenft.plan.coverage import Coverage, coverage
+from qwenft.plan.findings import LEVELS, Finding, Findings, error
 from qwenft.plan.records import DataReport, StateBytes, state_bytes
 from qwenft.plan.rules.run import unsaved
 from qwenft.plan.storage import Storage, StorageRow, storage_rows
@@ -57,14 +57,14 @@ class TrainingPlan:
     found: tuple[Finding, ...]
 
     @property
-    def findings(self) -> tuple[Finding, ...]:
+    def findings(self) -> Findings:
         """All that was found: errors first, then what blocks it here, then what is worth knowing.
 
         Where :attr:`memory` is known and the plan does not fit, what would help is tried at first use.
         """
         if not self.forecast.memory_is_known or self.fits:
-            return self.found
-        return tuple(
+            return Findings(self.found)
+        return Findings(
             sorted((self.forecast.too_large, *self.found), key=lambda finding: LEVELS.index(finding.level))
         )
 
@@ -79,7 +79,7 @@ class TrainingPlan:
         return self.draft.machine
 
     @property
-    def coverage(self) -> tuple[CoverageRow, ...]:
+    def coverage(self) -> Coverage:
         """What is trained of each role."""
         return coverage(self.draft.architecture, self.draft.trained)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import attrs
 
+from qwenft.display import html_table, text_table
 from qwenft.family.inventory import Weight, inventory
 from qwenft.family.parameters import added_sizes, parameter_counts
 from qwenft.family.roles import default_adapter_roles, roles_of
@@ -63,6 +64,34 @@ class CoverageRow:
     held: int
 
 
+class Coverage(tuple[CoverageRow, ...]):
+    """Of every role what is trained, a row each."""
+
+    __slots__ = ()
+
+    #: What :meth:`rows` tells.
+    HEADER = ("role", "modules", "layers", "trained", "of")
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """As text."""
+        return [
+            (
+                row.role,
+                ", ".join(module.rpartition(".")[2] for module in row.modules) or "frozen",
+                str(row.layers or ""),
+                f"{row.parameters:,}",
+                f"{row.held:,}",
+            )
+            for row in self
+        ]
+
+    def __repr__(self) -> str:
+        return text_table(self.HEADER, self.rows(), right=(2, 3, 4))
+
+    def _repr_html_(self) -> str:
+        return html_table(self.HEADER, self.rows(), right=(2, 3, 4))
+
+
 def trained_weights(architecture: Architecture, adapter: AdapterSpec) -> tuple[TrainedWeight, ...]:
     """Every weight that a recipe trains.
 
@@ -110,9 +139,9 @@ def _pair(weight: Weight, adapter: AdapterSpec) -> TrainedWeight:
     return TrainedWeight(weight, "pair", sizes, rank, adapter.alpha_of(weight.role))
 
 
-def coverage(architecture: Architecture, trained: tuple[TrainedWeight, ...]) -> tuple[CoverageRow, ...]:
+def coverage(architecture: Architecture, trained: tuple[TrainedWeight, ...]) -> Coverage:
     """A row for every role of the model, trained or not."""
-    return tuple(_row(architecture, role, trained) for role in roles_of(architecture))
+    return Coverage(_row(architecture, role, trained) for role in roles_of(architecture))
 
 
 def matches(suffix: str, name: str) -> bool:

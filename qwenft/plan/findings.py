@@ -6,6 +6,8 @@ from typing import Literal
 
 import attrs
 
+from qwenft.display import html_table
+
 Level = Literal["error", "blocked", "note"]
 LEVELS: tuple[Level, ...] = ("error", "blocked", "note")
 
@@ -31,6 +33,21 @@ class Finding:
         if self.fix is not None:
             lines.append(f"     Fix: {self.fix}")
         return "\n".join(lines)
+
+
+class Findings(tuple[Finding, ...]):
+    """All that a plan has to say, errors first."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{finding.level}: {finding}" for finding in self) or "nothing to say"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (one.level, one.place, f"{one.problem}\nFix: {one.fix}" if one.fix else one.problem) for one in self
+        ]
+        return html_table(("", "where", "finding"), rows)
 
 
 def error(place: str, problem: str, fix: str | None = None) -> Finding:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from qwenft.display import Shown, bytes_text, html_bar, html_table, html_view
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -37,8 +39,8 @@ class LayerBytes:
     kept: int
 
 
-@attrs.frozen
-class MemoryReport:
+@attrs.frozen(repr=False)
+class MemoryReport(Shown):
     """The most that a process holds at once in a step, where the model computes: counted, live tensors alone.
 
     Args:
@@ -72,6 +74,27 @@ class MemoryReport:
     def needed_bytes(self) -> int:
         """Live tensors at the peak and what is assumed beside them: what a device must have."""
         return self.peak_bytes + sum(self.assumed.values())
+
+    def shown(self) -> list[tuple[str, str]]:
+        """The peak and its parts, the largest first."""
+        parts = sorted(self.by_component.items(), key=lambda part: -part[1])
+        return [
+            ("peak of live tensors", f"{bytes_text(self.peak_bytes)}, in {self.moment}"),
+            *((f"  {name}", bytes_text(count)) for name, count in parts if count),
+            ("of a row of", f"{self.tokens:,} tokens, {self.supervised:,} of them trained"),
+            *(
+                (f"a layer of {one.kind} keeps", f"{bytes_text(one.kept)} ({one.layers} layers)")
+                for one in self.layers
+            ),
+            *((f"assumed: {name}", bytes_text(count)) for name, count in self.assumed.items()),
+            ("needed", bytes_text(self.needed_bytes)),
+            *((("NOT counted", f"what the kernels of {', '.join(self.left_out)} hold"),) if self.left_out else ()),
+        ]
+
+    def _repr_html_(self) -> str:
+        parts = sorted(self.by_component.items(), key=lambda part: -part[1])
+        bar = html_bar([part for part in parts if part[1]], bytes_text)
+        return html_view("MemoryReport", bar, html_table((), self.shown()))
 
 
 def assumed_bytes(machine: Machine, peak: int, *, ranks: int) -> dict[str, int]:

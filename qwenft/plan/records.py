@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from qwenft.display import Shown
 from qwenft.family.inventory import inventory, parted
 from qwenft.plan.storage import ITEM_BYTES
 
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from qwenft.specs.training import TrainingSpec
 
 
-@attrs.frozen
-class DataReport:
+@attrs.frozen(repr=False)
+class DataReport(Shown):
     """The data as it will be trained on.
 
     Args:
@@ -73,6 +74,27 @@ class DataReport:
     videos: int = 0
     vision_tokens: int = 0
     window: int | None = None
+
+    def shown(self) -> list[tuple[str, str]]:
+        """What is trained on, and what was left out."""
+        left_out = {
+            "dropped": self.dropped,
+            "truncated": self.truncated,
+            "split": self.split,
+            "without a trained token": self.untrained,
+            "wrong": len(self.skipped),
+        }
+        return [
+            ("documents", f"{self.documents:,} of {self.rows:,} rows, of {self.longest:,} tokens at most"),
+            ("tokens", f"{self.tokens:,}, {self.supervised:,} of them trained"),
+            *((("images", f"{self.images:,}, videos {self.videos:,}"),) if self.vision_tokens else ()),
+            ("rows of the stream", f"{self.stream_rows:,}, filled to {self.fill:.0%}"),
+            ("steps", f"{self.steps:,}, of these {self.steps_per_epoch:,} an epoch"),
+            *((("held out", f"{self.held_out:,} documents"),) if self.held_out else ()),
+            *((name, f"{count:,} rows") for name, count in left_out.items() if count),
+            *((f"lost: {what}", f"{count:,} rows") for what, count in self.lost),
+            ("kept", self.cache),
+        ]
 
 
 @attrs.frozen

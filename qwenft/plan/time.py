@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import attrs
 
+from qwenft.display import Shown, bytes_text, time_text
 
-@attrs.frozen
-class TimeReport:
+
+@attrs.frozen(repr=False)
+class TimeReport(Shown):
     """An estimate: what is counted in a simulated step, at the rates of the machine (a roofline).
 
     Every operation takes as long as its matrix products at the machine's highest rate or as moving its arguments
@@ -43,3 +45,20 @@ class TimeReport:
     def tokens_per_second(self) -> float:
         """Of all processes."""
         return self.tokens / self.step_seconds
+
+    def shown(self) -> list[tuple[str, str]]:
+        """Of a step, and of the run where its steps are known."""
+        known = "" if self.slower is None else f", measured {self.slower:.1f} times slower than counted"
+        run = (
+            ()
+            if self.run_seconds is None
+            else (("run", f"{time_text(self.run_seconds)}, of {self.steps:,} steps"),)
+        )
+        return [
+            ("step", f"{self.step_seconds:.3g} s, of these {self.update_seconds:.3g} for the update{known}"),
+            *run,
+            ("tokens", f"{self.tokens:,} a step, {self.tokens_per_second:,.0f} a second"),
+            ("operations", f"{self.operations:.3g} in matrix products"),
+            ("moved", bytes_text(self.moved)),
+            ("sent", bytes_text(self.sent)),
+        ]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from huggingface_hub import ModelCardData
 
-from qwenft.reports.text import BARS, COVERAGE, coverage_rows, data_text, time_text
+from qwenft.display import time_text
+from qwenft.reports.text import BARS, COVERAGE, coverage_rows, data_text
 from qwenft.specs.codec import Codec
 from qwenft.specs.data import DataSpec
 from qwenft.specs.rows import HubRows

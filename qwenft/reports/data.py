@@ -15,10 +15,9 @@ import numpy as np
 
 from qwenft.data.chat import ChatEncoder, ShownToken
 from qwenft.data.media import load_media_encoder
+from qwenft.display import html_table, text_table
 from qwenft.models.checkpoint import architecture_of, checkpoint_folder
 from qwenft.models.load import load_tokenizer
-from qwenft.reports.html import html_table
-from qwenft.reports.text import table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -161,7 +160,7 @@ class Description:
         ]
 
     def __str__(self) -> str:
-        return table(("", ""), self.rows()).strip("\n ")
+        return text_table(("", ""), self.rows()).strip("\n ")
 
     __repr__ = __str__
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tqdm.auto import tqdm
 
-from qwenft.reports.text import bytes_text, time_text
+from qwenft.display import bytes_text, time_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable

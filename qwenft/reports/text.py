@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from qwenft.display import bytes_text, text_table, time_text
+from qwenft.plan.coverage import Coverage
 
+if TYPE_CHECKING:
     from qwenft.machine import Machine
     from qwenft.plan.records import DataReport, StateBytes
     from qwenft.run import Run
@@ -19,46 +20,7 @@ _BAR = 40  # characters of the bar of memory
 _LEVELS = {"error": "error", "blocked": "blocked here", "note": "note"}
 
 
-def bytes_text(count: float) -> str:
-    """A number of bytes for people.
-
-    Examples:
-        >>> bytes_text(1536)
-        '1.5 KiB'
-    """
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
-
-
-def time_text(seconds: float) -> str:
-    """A time for people.
-
-    Examples:
-        >>> time_text(59.7), time_text(3661), time_text(200_000)
-        ('1:00', '1:01:01', '55:33:20')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Columns as wide as they need to be; those in ``right`` are aligned there."""
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-
-
-COVERAGE = ("role", "modules", "layers", "trained", "of", "held in")
+COVERAGE = (*Coverage.HEADER, "held in")
 
 
 def coverage_rows(plan: TrainingPlan) -> list[tuple[str, ...]]:
@@ -66,17 +28,7 @@ def coverage_rows(plan: TrainingPlan) -> list[tuple[str, ...]]:
     held: dict[str, list[str]] = {}
     for row in plan.storage:
         held.setdefault(row.role, []).append(f"{row.held_in} {bytes_text(row.bytes)}")
-    return [
-        (
-            row.role,
-            ", ".join(module.rpartition(".")[2] for module in row.modules) or "frozen",
-            str(row.layers or ""),
-            f"{row.parameters:,}",
-            f"{row.held:,}",
-            ", ".join(held[row.role]),
-        )
-        for row in plan.coverage
-    ]
+    return [(*row, ", ".join(held[row[0]])) for row in plan.coverage.rows()]
 
 
 def facts(plan: TrainingPlan) -> list[tuple[str, str]]:
@@ -294,7 +246,7 @@ def lengths_text(data: DataReport) -> str:
 def render_plan(plan: TrainingPlan) -> str:
     """The whole plan."""
     lines = [f"{name:<11} {value}" for name, value in facts(plan)]
-    rows = table(COVERAGE, coverage_rows(plan), right=(2, 3, 4))
+    rows = text_table(COVERAGE, coverage_rows(plan), right=(2, 3, 4))
     findings = [f"{_LEVELS[finding.level]}: {finding}" for finding in plan.findings]
     return "\n".join([*lines, "", rows, "", *findings])
 

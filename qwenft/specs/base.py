@@ -8,26 +8,56 @@ import math
 import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import attrs
+
+from qwenft.display import html_table, html_view
 from qwenft.errors import SpecError, nearest
 from qwenft.family.roles import ROLES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    import attrs
-
 S = TypeVar("S", bound=type)
 
 
 def spec(cls: S) -> S:
-    """Make the constructor and the methods of a frozen attrs class refuse misspelt arguments by name."""
+    """Make a frozen attrs class refuse misspelt arguments by name, and show what is not its default."""
     for name, attribute in list(vars(cls).items()):
         if isinstance(attribute, classmethod):
             setattr(cls, name, classmethod(_checked(attribute.__func__, f"{cls.__name__}.{name}", cls)))
         elif inspect.isfunction(attribute) and not name.startswith("_"):
             setattr(cls, name, _checked(attribute, f"{cls.__name__}.{name}"))
     cls.__init__ = _checked(cls.__init__, cls.__name__, cls)  # type: ignore[misc]
+    cls.__repr__ = _constructor  # type: ignore[assignment]
+    cls._repr_html_ = _html  # type: ignore[attr-defined]
     return cls
+
+
+def chosen(value: Any) -> list[tuple[str, Any]]:
+    """The fields of an attrs value that are not what they are by default."""
+    return [
+        (field.name, getattr(value, field.name))
+        for field in attrs.fields(type(value))
+        if field.default is attrs.NOTHING or getattr(value, field.name) != _default(field)
+    ]
+
+
+def _default(field: attrs.Attribute[Any]) -> Any:
+    default: Any = field.default
+    return default.factory() if isinstance(default, attrs.Factory) else default  # type: ignore[arg-type]
+
+
+def _constructor(value: Any) -> str:
+    """The call that makes it."""
+    arguments = ", ".join(f"{name}={held!r}" for name, held in chosen(value))
+    return f"{type(value).__name__}({arguments})"
+
+
+def _html(value: Any) -> str:
+    rows = [(name, str(held) if isinstance(held, str) else repr(held)) for name, held in chosen(value)]
+    left = len(attrs.fields(type(value))) - len(rows)
+    rows += [("", f"and {left} by default")] if left else []
+    return html_view(type(value).__name__, html_table((), rows))
 
 
 def refuse_renamed(cls: type, names: Iterable[str], label: str | None = None) -> None:

@@ -6,11 +6,11 @@ import pytest
 import torch
 import transformers
 
+from qwenft.display import bytes_text
 from qwenft.family.architectures import FAMILY
 from qwenft.family.inventory import inventory
 from qwenft.plan.storage import Storage, storage_rows
 from qwenft.recipe import Recipe
-from qwenft.reports.text import bytes_text
 from qwenft.specs.adapter import AdapterSpec
 from qwenft.specs.model import ModelSpec
 from qwenft.specs.training import TrainingSpec

@@ -1,8 +1,8 @@
 from html.parser import HTMLParser
 
+from qwenft.display import html_table
 from qwenft.machine import Machine
 from qwenft.recipe import Recipe
-from qwenft.reports.html import html_table
 from qwenft.specs.adapter import AdapterSpec
 from qwenft.specs.data import DataSpec
 from qwenft.specs.model import ModelSpec
@@ -37,7 +37,7 @@ def read(html):
     reader.feed(html)
     reader.close()
     assert reader.opened == []
-    assert reader.seen <= {"div", "table", "thead", "tbody", "tr", "th", "td"}
+    assert reader.seen <= {"div", "strong", "table", "thead", "tbody", "tr", "th", "td"}
     return reader.text
 
 

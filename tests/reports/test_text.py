@@ -3,10 +3,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from qwenft.display import bytes_text, text_table
 from qwenft.family.architectures import FAMILY
 from qwenft.machine import Machine
 from qwenft.recipe import Recipe
-from qwenft.reports.text import bytes_text, render_run, table, training_text
+from qwenft.reports.text import render_run, training_text
 from qwenft.specs.adapter import AdapterSpec
 from qwenft.specs.data import DataSpec
 from qwenft.specs.model import ModelSpec
@@ -48,10 +49,10 @@ def test_bytes_are_written_for_people(count, text):
 
 def test_a_table_has_columns():
     """Columns are as wide as their longest cell, aligned left or right, with no blanks at the end."""
-    assert table(("name", "count"), [("a", "1"), ("longer", "1,000")], right=(1,)) == (
+    assert text_table(("name", "count"), [("a", "1"), ("longer", "1,000")], right=(1,)) == (
         "name    count\na           1\nlonger  1,000"
     )
-    assert table(("a", "b"), []) == "a  b"
+    assert text_table(("a", "b"), []) == "a  b"
 
 
 def test_a_plan_says_what_it_is_for():
