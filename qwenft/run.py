@@ -319,11 +319,40 @@ class Run:
         """The folder of the base checkpoint."""
         return Path(self.prepared.tokenizer.name_or_path)
 
-    def plot(self) -> Any:
-        """The loss over the steps, as a matplotlib figure."""
-        from qwenft.reports.plots import plot_loss
+    def plot(self, *panels: str) -> Any:
+        """What happened over the steps, as a matplotlib figure.
 
-        return plot_loss(self.history)
+        Args:
+            panels: one below the other: "loss" (as it is, smoothed, and held out), which is drawn where none is
+                named, "gradient", "rate", "throughput" or "experts".
+
+        Raises:
+            SpecError: no such panel, or no experts.
+        """
+        from qwenft.reports.plots import RUN, plot
+
+        return plot(self, panels or ("loss",), RUN)
+
+    def compare(self, *others: Run | str | os.PathLike[str]) -> Any:
+        """The losses of this run and others, smoothed, and their held-out losses, as a matplotlib figure.
+
+        Args:
+            others: runs, or their folders.
+
+        Raises:
+            CheckpointError: a folder holds no run.
+        """
+        from qwenft.reports.plots import plot_runs
+
+        runs = [self, *(other if isinstance(other, Run) else open_run(other) for other in others)]
+        names = [run.folder.name for run in runs]
+        # Folders of one name are told by where they lie.
+        return plot_runs(
+            {
+                name if names.count(name) == 1 else str(run.folder): run
+                for name, run in zip(names, runs, strict=True)
+            }
+        )
 
     def __repr__(self) -> str:
         from qwenft.reports.text import render_run

@@ -190,6 +190,21 @@ class TrainingPlan:
         """Whether the machine has the memory that a step needs: :attr:`memory`, with what is assumed beside it."""
         return self.forecast.fits
 
+    def plot(self, *panels: str) -> Any:
+        """What is planned, as a matplotlib figure.
+
+        Args:
+            panels: one below the other: "memory" (of a process at the peak, by component; where none is named),
+                "lengths" (of the source's rows) or "fill" (of the stream's rows by their documents).
+
+        Raises:
+            SpecError: no such panel.
+            PlanError: what is drawn is not known here; see :attr:`memory`.
+        """
+        from qwenft.reports.plots import PLAN, plot
+
+        return plot(self, panels or ("memory",), PLAN)
+
     def explain(self) -> str:
         """The plan as text."""
         from qwenft.reports.text import render_plan

@@ -45,10 +45,23 @@ def views(dense_checkpoint, tmp_path_factory):
     return {name: (value, value._repr_html_(), repr(value)) for name, value in values.items()}
 
 
-NAMES = (
-    "model, adapter, attention, data, training, parallel, recipe, machine, plan, findings, coverage, data report, "
-    "memory, time, run"
-).split(", ")
+NAMES = [
+    "model",
+    "adapter",
+    "attention",
+    "data",
+    "training",
+    "parallel",
+    "recipe",
+    "machine",
+    "plan",
+    "findings",
+    "coverage",
+    "data report",
+    "memory",
+    "time",
+    "run",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
