@@ -101,10 +101,9 @@ class Run:
     @property
     def notices(self) -> list[str]:
         """What the user was told on the way."""
-        path = self.folder / "notices.jsonl"
-        return (
-            [json.loads(line)["notice"] for line in path.read_text("utf-8").splitlines()] if path.exists() else []
-        )
+        from qwenft.training.run_folder import RunFolder
+
+        return [line["notice"] for line in RunFolder(self.folder).lines("notices.jsonl")]
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -148,8 +147,9 @@ class Run:
     @property
     def samples(self) -> list[dict[str, Any]]:
         """``step``, ``prompt`` and ``answer`` of every sample prompt at every evaluation."""
-        path = self.folder / "samples.jsonl"
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+        from qwenft.training.run_folder import RunFolder
+
+        return RunFolder(self.folder).lines("samples.jsonl")
 
     def evaluate(self, data: DataSpec | None = None) -> dict[str, float]:
         """Loss (nats a token), perplexity and accuracy on data of your own, or on the held-out part.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from qwenft.errors import CheckpointError
+from qwenft.errors import CheckpointError, DamagedError
 from qwenft.specs.codec import write_atomically
 from qwenft.training.folder import cannot_be_written, flush, require_free
 from qwenft.training.results import FINISHED, INTERRUPTED, RUNNING, STOPPED_EARLY
@@ -220,7 +220,7 @@ class RunFolder:
     @property
     def history(self) -> list[dict[str, Any]]:
         """The records of the metrics."""
-        return _whole_lines(self.metrics) if self.metrics.exists() else []
+        return self.lines(self.metrics.name)
 
     @property
     def notices(self) -> Path:
@@ -230,6 +230,22 @@ class RunFolder:
     def notice(self, sentence: str) -> None:
         """Keep what the user is told."""
         self.append(self.notices.name, {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "notice": sentence})
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """The JSON objects of a file, none where it is not there; a last line that was cut by a crash is none.
+
+        Raises:
+            DamagedError: a line is no JSON.
+        """
+        path, found = self.path / name, []
+        content = path.read_bytes() if path.exists() else b""
+        for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                problem = f"{path}, line {number}: is damaged: {line[:60]!r}"
+                raise DamagedError(problem, fix="remove this line, or the file", path=path) from None
+        return found
 
     def append(self, name: str, values: dict[str, Any]) -> None:
         """Add a line to a file of JSON lines.
@@ -246,37 +262,47 @@ class RunFolder:
     def list_skipped(self, errors: Iterable[str]) -> None:
         """Add the errors of rows that are left out to ``skipped.jsonl``, each once."""
         new = dict.fromkeys(errors)
-        if new and (path := self.path / "skipped.jsonl").exists():
-            for line in _whole_lines(path):
-                new.pop(line["error"], None)
+        for line in self.lines("skipped.jsonl") if new else ():
+            new.pop(line["error"], None)
         for error in new:
             self.append("skipped.jsonl", {"error": error})
 
     def flush(self) -> None:
-        """Wait until the metrics are on the disk: a checkpoint must not outlive its history."""
-        if self.metrics.exists():
-            flush(self.metrics)
+        """Wait until the metrics are on the disk: a checkpoint must not outlive its history.
+
+        Raises:
+            CheckpointError: they cannot be written.
+        """
+        try:
+            if self.metrics.exists():
+                flush(self.metrics)
+        except OSError as error:
+            raise cannot_be_written(self.metrics, error) from error
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
         """Cut the files of JSON lines behind ``step``, and return the metrics up to there.
 
         A run that was stopped between two checkpoints wrote lines of steps that it is going to repeat; what it
         left half written is removed.
+
+        Raises:
+            DamagedError: a line of them is no JSON.
+            CheckpointError: they cannot be written.
         """
-        for unfinished in self.path.glob("checkpoints/.*"):
-            shutil.rmtree(unfinished)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            if (self.path / name).exists():
-                kept = [record for record in _whole_lines(self.path / name) if record["step"] <= step]
-                write_atomically(self.path / name, "".join(f"{json.dumps(r, ensure_ascii=False)}\n" for r in kept))
+        try:
+            for unfinished in self.path.glob("checkpoints/.*"):
+                shutil.rmtree(unfinished)
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                if lines := self.lines(name):
+                    kept = [record for record in lines if record["step"] <= step]
+                    texts = (json.dumps(record, ensure_ascii=False) for record in kept)
+                    write_atomically(self.path / name, "".join(f"{text}\n" for text in texts))
+        except CheckpointError:
+            raise
+        except OSError as error:
+            raise cannot_be_written(self.path, error) from error
         self.flush()
         return self.history
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file; a last line that was cut by a crash is none."""
-    lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def _step_of(path: Path) -> str:

@@ -171,6 +171,19 @@ def test_a_plan_that_is_none(tmp_path, content):
             ask()
 
 
+def test_a_line_that_is_damaged_is_named(tmp_path):
+    """A line that was cut by a crash is left out; one that is no JSON is told by its file and number."""
+    folder = RunFolder(tmp_path)
+    folder.metrics.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert folder.history == [{"step": 1}, {"step": 2}]
+    assert folder.rewind(1) == [{"step": 1}]
+    folder.metrics.write_bytes(b'{"step": 1}\n\0\0\0\n{"step": 3}\n')
+    for read in (lambda: folder.history, lambda: folder.rewind(1)):
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl, line 2: is damaged: b'") as caught:
+            read()
+        assert "remove this line" in caught.value.fix
+
+
 def test_what_is_no_step_is_no_checkpoint(tmp_path):
     """Names that a user gives to copies are left alone."""
     for name in ("step-10", "step-9", "step-9-copy", "damaged-step-11", "latest"):
