@@ -193,10 +193,11 @@ def _accepted(plan: TrainingPlan, folder: RunFolder, accept: Sequence[str]) -> l
 
 
 def _require_places(plan: TrainingPlan, accept: Sequence[str]) -> None:
-    """Refuse to accept changes of what a recipe has not, or what state of the run depends on."""
-    known = ["recipe", *(f"recipe.{place}" for place in _places(plan.identity["recipe"])), "weights", "data"]
+    """Refuse to accept changes of what a run's identity has not."""
+    files = ("weights", "data", "adapter")  # each with digests by name, which may be gone or new
+    known = ["recipe", *(f"recipe.{place}" for place in _places(plan.identity["recipe"])), *files]
     for place in accept:
-        if not place.startswith(("weights.", "data.")) and place not in known:
+        if place.partition(".")[0] not in files and place not in known:
             problem = f"accept={place!r}: no such place in a recipe{nearest(place, known)}"
             raise SpecError(problem, fix='accept=["recipe.training.learning_rate"]', got=place, expected=known)
 
