@@ -6,7 +6,7 @@ VENV := .venv/bin
 # One stamp per set of extras, renewed when pyproject.toml changes: a second `make` installs nothing.
 .venv/.quickstart: pyproject.toml
 	test -x $(VENV)/python || $(PYTHON) -m venv .venv
-	$(VENV)/python -m pip install --quiet --disable-pip-version-check --editable ".[examples]"
+	$(VENV)/python -m pip install --quiet --disable-pip-version-check --editable .
 	touch $@
 
 .venv/.dev: pyproject.toml

@@ -25,8 +25,8 @@ from job import published_tokenizer
 from qwenft.data.cache import tokenised
 from qwenft.data.chat import ChatEncoder
 from qwenft.data.packing import pack
-from qwenft.quickstart import chitchat_messages
 from qwenft.specs.data import DataSpec
+from qwenft.testing.conversations import chitchat_messages
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -21,8 +21,8 @@ import PIL.Image
 import torch
 
 import qwenft as qf
-from qwenft.quickstart import chitchat_messages
 from qwenft.testing import TinySizes, measured_peak, tiny_checkpoint
+from qwenft.testing.conversations import chitchat_messages
 
 MIDDLE = {"hidden": 192, "ffn": 512, "layers": 16, "heads": 4, "head_dim": 64, "linear_head_dim": 32}
 SIZES = {

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import qwenft as qf
-from qwenft.quickstart import chitchat_messages, pieces
 from qwenft.testing.checkpoint import TinySizes, tiny_checkpoint
+from qwenft.testing.conversations import chitchat_messages, pieces
 from qwenft.training.engine import Prepared
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ import torch
 
 import qwenft as qf
 from benchmarks.memory import SIZES
-from qwenft.quickstart import chitchat_messages
 from qwenft.testing import tiny_checkpoint
+from qwenft.testing.conversations import chitchat_messages
 
 TOKENS, STEPS = 512, 6
 CASES = (("dense", None), ("moe", None), ("large dense", None), ("large dense", "nf4"))

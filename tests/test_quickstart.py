@@ -6,40 +6,8 @@ import pytest
 
 from qwenft import quickstart
 from qwenft.errors import DataError
-
-
-def test_conversations_become_alternating_turns_of_two_people():
-    """Consecutive texts of one speaker are joined, and who speaks first is the user."""
-    turns = [
-        [{"text": "Hi", "sender": "a"}, {"text": "there", "sender": "a"}],
-        [{"text": "Hello!", "sender": "b"}],
-        [{"text": "  ", "sender": "b"}, {"text": "Bye", "sender": "a"}],
-    ]
-    assert quickstart._messages(turns) == [
-        {"role": "user", "content": "Hi there"},
-        {"role": "assistant", "content": "Hello!"},
-        {"role": "user", "content": "Bye"},
-    ]
-
-
-def test_the_real_conversations_alternate():
-    """Every conversation of the package becomes turns that begin with the user and alternate."""
-    conversations = quickstart.chitchat_messages()
-    assert len(conversations) > 4000
-    for messages in conversations:
-        roles = [message["role"] for message in messages]
-        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2)
-
-
-def test_long_conversations_are_cut_between_exchanges():
-    """No turn is lost or cut but a last one without an answer."""
-    messages = [
-        {"role": role, "content": f"{number} {'x' * 200}"} for number in range(7) for role in ("user", "assistant")
-    ]
-    cut = quickstart.pieces(messages)
-    assert len(cut) > 1
-    assert [message for piece in cut for message in piece] == messages
-    assert all(piece[0]["role"] == "user" and piece[-1]["role"] == "assistant" for piece in cut)
+from qwenft.testing import tiny_base
+from qwenft.testing.skills import SKILLS
 
 
 def test_an_earlier_run_is_kept(tmp_path):
@@ -59,26 +27,38 @@ def test_own_data_and_model_go_through_the_same_path(dense_checkpoint, tmp_path,
     (tmp_path / "own.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     arguments = ["--data", str(tmp_path / "own.jsonl"), "--model", str(dense_checkpoint)]
     quickstart.main([*arguments, "--run-dir", str(tmp_path / "run"), "--steps", "2"])
-    assert (tmp_path / "run" / "adapter-run" / "adapter" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "run" / "run" / "adapter" / "adapter_model.safetensors").exists()
     printed = capsys.readouterr().out
-    for part in ("role", "held-out loss", "Sample answers", str(tmp_path / "run")):
+    for part in ("role", "held-out loss", "Answers", str(tmp_path / "run")):
         assert part in printed
 
 
-def test_own_data_without_a_model_make_a_base_from_one_half(tmp_path):
-    """With --data alone the base is made from one half of the conversations, and the adapter from the other."""
+def test_own_data_without_a_model_start_from_the_tiny_base(tmp_path):
+    """With --data alone the adapter is one of the base that ships with the package."""
     rows = [
         {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}]}
-        for n in range(80)
+        for n in range(40)
     ]
     (tmp_path / "own.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     arguments = ["--data", str(tmp_path / "own.jsonl"), "--run-dir", str(tmp_path / "run")]
-    quickstart.main([*arguments, "--steps", "1", "--base-steps", "2"])
-    halves = [
-        [json.loads(line) for line in (tmp_path / "run" / "data" / name).read_text().splitlines()]
-        for name in ("base.jsonl", "adapter.jsonl")
-    ]
-    assert halves == [rows[:40], rows[40:]]
+    quickstart.main([*arguments, "--steps", "1"])
+    adapter = json.loads((tmp_path / "run" / "run" / "adapter" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(tiny_base())
+    written = (tmp_path / "run" / "data.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in written] == rows
+
+
+def test_it_teaches_something_new_and_keeps_what_was_known(tmp_path, capsys):
+    """Tickets are written after it and not before, and the other skills lose a tenth at most."""
+    quickstart.main(["--run-dir", str(tmp_path / "run"), "--seed", "0"])
+    shares = json.loads((tmp_path / "run" / "exact_match.json").read_text())
+    assert set(shares) == {"ticket", *SKILLS}
+    assert shares["ticket"][0] <= 0.05
+    assert shares["ticket"][1] >= 0.95
+    before, after = (sum(shares[name][side] for name in SKILLS) for side in (0, 1))
+    assert after >= 0.9 * before
+    printed = capsys.readouterr().out
+    assert f"{shares['ticket'][1]:.1%}" in next(line for line in printed.splitlines() if "ticket, new" in line)
 
 
 def test_missing_data_is_named(tmp_path):

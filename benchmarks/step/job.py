@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 import qwenft as qf
 from qwenft.data.chat import ChatEncoder
 from qwenft.data.corpus import read_corpus
-from qwenft.quickstart import chitchat_messages
+from qwenft.testing.conversations import chitchat_messages
 from qwenft.testing.tokenizer import build_tokenizer, train_tokenizer, vocabulary_from_ranks
 
 if TYPE_CHECKING:

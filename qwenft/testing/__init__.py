@@ -1,4 +1,4 @@
-"""Tools for testing: tiny checkpoints, what stock transformers says of them, and the suites for a backend."""
+"""Tools for testing: tiny checkpoints, a base that has learned something, stock transformers, suites."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qwenft.testing.base import tiny_base
     from qwenft.testing.checkpoint import TinySizes, tiny_checkpoint
     from qwenft.testing.conformance import check_attention, check_linear_attention
     from qwenft.testing.memory import measured_peak
@@ -19,6 +20,7 @@ __all__ = [
     "check_linear_attention",
     "measured_peak",
     "stock_logits",
+    "tiny_base",
     "tiny_checkpoint",
     "train_tokenizer",
 ]
@@ -30,6 +32,7 @@ _HOMES = {
     "check_linear_attention": "conformance",
     "measured_peak": "memory",
     "stock_logits": "stock",
+    "tiny_base": "base",
     "tiny_checkpoint": "checkpoint",
     "train_tokenizer": "tokenizer",
 }
