@@ -36,9 +36,10 @@ RESOLVES = "compilation.py"
 ASKS = "axolotl/model.py"
 COMPARES = ("models/verify.py", "models/probe.py", "testing/conformance.py")
 REFERENCES = {"EagerAttention", "ReferenceDeltaRule"}
-# A process of its own that runs stock transformers, the arguments of others that a spec refuses, and the keys of
-# axolotl's configurations that become a spec.
+# A process of its own that runs stock transformers, the arguments of others that a spec refuses, the keys of
+# axolotl's configurations that become a spec, and what a config.json names, which is cleared before it is followed.
 EXEMPT = {
+    "models/load.py": {"_attn_implementation"},
     "axolotl/__init__.py": {"attn_implementation"},
     "axolotl/model.py": {"attn_implementation"},
     "axolotl/values.py": {"attn_implementation"},

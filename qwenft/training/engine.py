@@ -151,7 +151,7 @@ class Prepared(Learner):
         if not all(math.isfinite(value) for value in (total, grad_norm)):
             layer = None if not math.isfinite(total) else self._last_not_finite()
             self.optimizer.zero_grad(set_to_none=True)
-            raise self._not_finite(batches, losses, grad_norm, layer=layer)
+            raise self._not_finite(batches, losses, total, grad_norm, layer=layer)
         self.optimizer.step()
         return *self._apart(total, mtp, tokens), grad_norm
 
@@ -169,12 +169,12 @@ class Prepared(Learner):
         own = float(total.detach())
         loss = self.ranks.sum([own])[0]
         if not math.isfinite(loss):
-            raise self._not_finite(batches, [own], math.nan)
+            raise self._not_finite(batches, [own], loss, math.nan)
         with step_in_backward(self.optimizer, self.shares) as norms:
             total.backward()
         grad_norm = float(self.shares.total_norm(norms.whole, norms.shards))
         if not math.isfinite(grad_norm):
-            raise self._not_finite(batches, [own], grad_norm, changed=True)
+            raise self._not_finite(batches, [own], loss, grad_norm, changed=True)
         return *self._apart(loss, [found.mtp], tokens), grad_norm
 
     def _apart(self, loss: float, mtp: Sequence[Loss | None], tokens: float) -> tuple[float, float | None]:
@@ -245,6 +245,7 @@ class Prepared(Learner):
         self,
         batches: Sequence[Batch],
         losses: Sequence[float],
+        total: float,
         grad_norm: float,
         *,
         layer: str | None = None,
@@ -263,13 +264,13 @@ class Prepared(Learner):
         documents = [place for told in self.ranks.gather(places) for place in told]
         began = "" if layer is None else f"; it began in {layer}, {'forward' if in_forward else 'backward'}"
         return NonFiniteError(
-            f"step {self.steps_done + 1}: loss {sum(losses)}, gradient norm {grad_norm}; "
+            f"step {self.steps_done + 1}: loss {total}, gradient norm {grad_norm}; "
             f"{'in' if guilty else 'in one of'} {places_text(documents)}{began}"
             + ("; the optimizer stepped in backward: parameters are not finite any more" if changed else ""),
             fix="look at these documents; where they are right, a smaller learning_rate or a longer warmup_ratio; "
             'non_finite="skip" leaves such steps out',
             step=self.steps_done + 1,
-            loss=sum(losses),
+            loss=total,
             grad_norm=grad_norm,
             documents=tuple(documents),
             layer=layer,

@@ -34,14 +34,12 @@ class Ranks:
         count: of all.
         local: of this one on its node.
         local_count: of those on its node.
-        store: torch's, through which they met.
     """
 
     rank: int = 0
     count: int = 1
     local: int = 0
     local_count: int = 1
-    store: Any = None
 
     @classmethod
     def join(cls, *, device: str) -> Ranks:
@@ -78,7 +76,6 @@ class Ranks:
                     fix="a port that is free (torchrun --master-port), or plan.launch(...), which finds one",
                     rank=ranks.rank,
                 ) from error
-        ranks = attrs.evolve(ranks, store=_get_default_store())
         ranks.require_equal(versions(), "runs other versions of libraries")
         return ranks
 
@@ -86,6 +83,11 @@ class Ranks:
         """End what :meth:`join` began."""
         if self.count > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+    @property
+    def store(self) -> Any:
+        """Torch's, through which they met, while they do; it is not kept, and ends with their group."""
+        return _get_default_store() if self.count > 1 and dist.is_initialized() else None
 
     @property
     def is_first(self) -> bool:

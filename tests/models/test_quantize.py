@@ -226,7 +226,9 @@ def test_a_quantization_state_that_is_missing_or_wrong_is_an_error(copies, name,
         ):
             loaded(broken)
     gone = changed(copy, tmp_path / "gone", drop(*("absmax", "SCB"), *parts))
-    with pytest.raises(qf.CheckpointError, match=r"is held in torch\.u?int8, and no quantization state says how"):
+    with pytest.raises(
+        qf.CheckpointError, match=r"is held in torch\.u?int8; expected 16 or 32 bits, or a quantization state"
+    ):
         loaded(gone)
 
 

@@ -22,7 +22,8 @@ from qwenft.training.stalls import Pulse, is_of_collective
 def test_those_who_are_behind_at_something_else(monkeypatch, places, suspects):
     """Of those in the earliest step, the ones that stay in code of their own, unless all do."""
     monkeypatch.setattr(stalls, "PATIENCE", 0.0)
-    pulse = Pulse(Ranks(0, len(places), store=HashStore()), print)
+    monkeypatch.setattr(Ranks, "store", HashStore())
+    pulse = Pulse(Ranks(0, len(places)), print)
     for rank, (step, waits) in enumerate(places):
         pulse._seen[rank] = {"step": step, "at": "data", "waits": waits}
     assert set(pulse.suspects()) == suspects
@@ -33,7 +34,8 @@ def test_those_who_are_behind_at_something_else(monkeypatch, places, suspects):
 def test_those_who_give_no_sign(monkeypatch):
     """Silence is stronger than what was said before it."""
     monkeypatch.setattr(stalls, "BEAT", 0.0)
-    pulse = Pulse(Ranks(0, 2, store=HashStore()), print)
+    monkeypatch.setattr(Ranks, "store", HashStore())
+    pulse = Pulse(Ranks(0, 2), print)
     pulse._seen = {rank: {"step": 1, "at": "data", "waits": rank == 0} for rank in range(2)}
     pulse._heard[0] += 1000
     assert "has given no sign of life" in pulse.suspects()[1]
