@@ -1,4 +1,4 @@
-"""Make the tiny base that ships with the package: ``python scripts/tiny_base.py``, some minutes on one core.
+"""Make the tiny base that ships with the package: ``python scripts/tiny_base.py``, 17 minutes on one core.
 
 It learns the tasks of ``qwenft/testing/skills.py``, drawn anew in every step, and conversations between people
 (the package chitchat-dataset), in a loop of its own around ``plan.prepare()``. What it then answers of tasks that

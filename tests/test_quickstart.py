@@ -48,6 +48,7 @@ def test_own_data_without_a_model_start_from_the_tiny_base(tmp_path):
     assert [json.loads(line) for line in written] == rows
 
 
+@pytest.mark.long
 def test_it_teaches_something_new_and_keeps_what_was_known(tmp_path, capsys):
     """Tickets are written after it and not before, and the other skills lose a tenth at most."""
     quickstart.main(["--run-dir", str(tmp_path / "run"), "--seed", "0"])
