@@ -14,7 +14,7 @@ from qwenft.models.lora import base_name, unwrapped
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-#: A loss that lies so many times further above the median of so many before it than half of these do.
+#: Of a loss that leaps: how many median deviations above the median, of how many losses, and of how many at least.
 _SPREADS, _WINDOW, _FEWEST = 10.0, 64, 16
 
 
@@ -53,7 +53,8 @@ def last_not_finite(gradients: Mapping[str, torch.Tensor | None]) -> str | None:
 def usual_loss(losses: Sequence[float], loss: float) -> float | None:
     """The median of the losses before one that leaps out of them; None where it does not, or they are too few.
 
-    It leaps where it lies more than ten times the median absolute deviation above the median of the last 64.
+    It leaps where it lies above the median of the last 64, of which there are 16 at least, by more than ten times
+    their median absolute deviation and more than a tenth of the median.
     """
     recent = losses[-_WINDOW:]
     if len(recent) < _FEWEST:

@@ -17,7 +17,7 @@ from qwenft.training.interruption import Interruption
 from qwenft.training.memory_use import is_shortage, peak_bytes, shortage
 from qwenft.training.results import FINISHED, INTERRUPTED, STOPPED_EARLY, Ending
 from qwenft.training.saving import begin_save
-from qwenft.training.stalls import Pulse, is_of_collective, listed
+from qwenft.training.stalls import Pulse, is_of_collective, suspects_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -137,7 +137,7 @@ class _Course:
             if is_shortage(error):
                 raise shortage(prepared, batches, error) from error
             if is_of_collective(error) and (suspects := pulse.suspects()):
-                problem = f"step {prepared.steps_done + 1}: {listed(suspects)}"
+                problem = f"step {prepared.steps_done + 1}: {suspects_text(suspects)}"
                 raise RankError(problem, fix=self._goes_on, rank=min(suspects)) from error
             raise
         seconds = time.perf_counter() - started

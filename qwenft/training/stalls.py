@@ -87,7 +87,7 @@ class Pulse:
             waited = time.monotonic() - since
             if waited > PATIENCE and not is_told and self._ranks.is_first and (found := self.suspects()):
                 is_told = True
-                self._notice(f"step {step} has taken {waited:.0f} s so far: {listed(found)}")
+                self._notice(f"step {step} has taken {waited:.0f} s so far: {suspects_text(found)}")
 
     def _exchange(self, store: Any, number: int) -> None:
         """Tell where this process is, and take what the others told."""
@@ -121,6 +121,6 @@ def is_of_collective(error: Exception) -> bool:
     return isinstance(error, DistError) or "/gloo/" in str(error)
 
 
-def listed(suspects: dict[int, str]) -> str:
+def suspects_text(suspects: dict[int, str]) -> str:
     """What is believed of some processes, for a message."""
     return "; ".join(f"rank {rank} {reason}" for rank, reason in suspects.items())

@@ -11,8 +11,6 @@ from qwenft.display import html_curve
 from ..training.helpers import recipe  # noqa: TID252 - as the tests beside it
 from .test_html import SCRIPT, Reader
 
-MEMORY = {"weights": 2**30, "activations": 2**20}
-
 
 @pytest.fixture(scope="module")
 def views(dense_checkpoint, tmp_path_factory):

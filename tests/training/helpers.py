@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import qwenft as qf
 
@@ -45,3 +48,15 @@ def written(folder):
 def weights(run):
     """Every parameter of a run's model, by name."""
     return {name: parameter.detach().clone() for name, parameter in run.prepared.model.named_parameters()}
+
+
+def printed(*arguments, **environment):
+    """The JSON value that a Python process of one thread prints last."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import qwenft as qf
 
-from .helpers import recipe
+from .helpers import printed, recipe
 
 HERE = Path(__file__).parent
-
-
-def output(script, *arguments, **environment):
-    """What a script of this folder prints, from JSON."""
-    done = subprocess.run(
-        [sys.executable, str(HERE / script), *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(194, marks=pytest.mark.long)])
@@ -42,7 +27,7 @@ def test_a_run_that_is_killed_again_and_again(dense_checkpoint, tmp_path, kills)
         save_every=1,
     )
     asked.save(tmp_path / "recipe.json")
-    found = output("killed.py", tmp_path / "recipe.json", tmp_path, kills, kills)
+    found = printed(HERE / "killed.py", tmp_path / "recipe.json", tmp_path, kills, kills)
     assert found["random"] == found["in save"] == kills // 2
     assert found["damaged"] == found["different"] == []
     assert found["runs"] >= 1
@@ -61,7 +46,7 @@ def test_every_operation_of_a_disk_fails_once(dense_checkpoint, tmp_path, disk):
     """The checkpoint before is whole, the new one is whole or not there, and each error names what failed."""
     asked = recipe(dense_checkpoint, adapter=qf.AdapterSpec.lora(rank=4))
     asked.save(tmp_path / "recipe.json")
-    found = output("on_bad_disk.py", tmp_path / "recipe.json", tmp_path / "run", LD_PRELOAD=str(disk))
+    found = printed(HERE / "on_bad_disk.py", tmp_path / "recipe.json", tmp_path / "run", LD_PRELOAD=str(disk))
     saves = [case for case in found if case["does"] == "save"]
     loads = [case for case in found if case["does"] == "load"]
     assert len(saves) > 5 * 20

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,7 +10,7 @@ import torch
 import qwenft as qf
 from qwenft.training.memory_use import is_shortage
 
-from .helpers import chats, recipe
+from .helpers import chats, printed, recipe
 
 # Before the first step the process gets so much address space as it has, and a little more.
 SCRIPT = """
@@ -43,14 +40,7 @@ def test_a_shortage_names_the_micro_batch_beside_the_plan(dense_checkpoint, tmp_
     data = qf.DataSpec.messages(rows).with_max_length(4000).hold_out(qf.DataSpec.messages(chats(2)))
     asked = recipe(dense_checkpoint, epochs=1).with_data(data).with_attention(full="eager")
     asked.save(tmp_path / "recipe.json")
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path / "recipe.json"), str(tmp_path / "run")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    message, step, documents, tokens, planned = json.loads(done.stdout.splitlines()[-1])
+    message, step, documents, tokens, planned = printed("-c", SCRIPT, tmp_path / "recipe.json", tmp_path / "run")
     assert documents == [[str(rows), 7]]
     assert 2000 < tokens <= 4000
     assert message.startswith(

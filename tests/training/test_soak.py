@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import statistics
-import subprocess
-import sys
 
 import pytest
 
-from .helpers import recipe
+from .helpers import printed, recipe
 
 # Prints the resident bytes of the process after every step, and the processor's seconds up to each: on a machine that
 # does other things too, they tell more of a step than the clock.
@@ -37,14 +33,7 @@ def test_memory_and_time_of_a_step_stay_flat(dense_checkpoint, tmp_path, steps):
     """The second tenth of a run and its last are compared: resident memory within 2 %, time of a step within 10 %."""
     asked = recipe(dense_checkpoint, max_steps=steps, save_every=steps // 10)
     asked.save(tmp_path / "recipe.json")
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path / "recipe.json"), str(tmp_path / "run")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    held, seconds = json.loads(done.stdout.splitlines()[-1])
+    held, seconds = printed("-c", SCRIPT, tmp_path / "recipe.json", tmp_path / "run")
     assert len(held) == steps
     tenth = steps // 10
     early, late = slice(tenth, 2 * tenth), slice(-tenth, None)
