@@ -63,7 +63,7 @@ def train(
             listeners.on_notice(notice)
         with _memory_planned(plan):
             ending = loop.train(prepared, folder, history, listeners, state_bytes=plan.state.total)
-        run = Run(path, history, ending.kind, ending.signal)
+        run = Run(path, prepared.ranks.by_first(lambda: folder.history), ending.kind, ending.signal)
         run.plan, run.prepared = plan, prepared
         if ending.kind != INTERRUPTED:
             _leave_results(run)

@@ -12,10 +12,11 @@ import torch
 from qwenft.models.lora import base_name, unwrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping
 
-#: Of a loss that leaps: how many median deviations above the median, of how many losses, and of how many at least.
-_SPREADS, _WINDOW, _FEWEST = 10.0, 64, 16
+RECENT = 64  # losses, to which another one is compared
+#: Of a loss that leaps: how many median deviations above the median, of how many losses at least.
+_SPREADS, _FEWEST = 10.0, 16
 
 
 @contextmanager
@@ -50,13 +51,12 @@ def last_not_finite(gradients: Mapping[str, torch.Tensor | None]) -> str | None:
     return unwrapped(base_name(found[-1])) if found else None
 
 
-def usual_loss(losses: Sequence[float], loss: float) -> float | None:
+def usual_loss(recent: Collection[float], loss: float) -> float | None:
     """The median of the losses before one that leaps out of them; None where it does not, or they are too few.
 
-    It leaps where it lies above the median of the last 64, of which there are 16 at least, by more than ten times
+    It leaps where it lies above the median of the recent, of which there are 16 at least, by more than ten times
     their median absolute deviation and more than a tenth of the median.
     """
-    recent = losses[-_WINDOW:]
     if len(recent) < _FEWEST:
         return None
     usual = statistics.median(recent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from qwenft.data.chat import ChatEncoder
 from qwenft.data.stream import places_text
 from qwenft.errors import CheckpointError, NonFiniteError, RankError
 from qwenft.models.generate import answer
-from qwenft.training.diagnosis import usual_loss
+from qwenft.training.diagnosis import RECENT, usual_loss
 from qwenft.training.interruption import Interruption
 from qwenft.training.memory_use import is_shortage, peak_bytes, shortage
 from qwenft.training.results import FINISHED, INTERRUPTED, STOPPED_EARLY, Ending
@@ -57,8 +58,9 @@ def train(
 
     Args:
         prepared: model, optimizer and data.
-        folder: of the run, which gets a line of metrics a step, and checkpoints.
-        history: the records so far, which is continued: `step, epoch, loss, learning_rate, grad_norm, tokens,
+        folder: of the run, which gets checkpoints and a line of metrics a step. They are not held in memory: a run
+            of weeks takes no more of it than a short one.
+        history: the records so far: `step, epoch, loss, learning_rate, grad_norm, tokens,
             stream_tokens, ranks, seconds, compile_seconds, tokens_per_second, peak_bytes, state_bytes`,
             `expert_load, idle_experts` of a mixture of experts, `mtp_loss` where that layer is trained, and
             `held_out_loss, held_out_perplexity, held_out_accuracy, evaluation_seconds` where it was evaluated.
@@ -73,7 +75,7 @@ def train(
         RankError: another process stalled or is gone.
         KeyboardInterrupt: a second signal came.
     """
-    course, ranks = _Course(prepared, folder, history, listeners), prepared.ranks
+    course, ranks = _Course.after(history, prepared, folder, listeners), prepared.ranks
     if not history and (before := course.evaluation(0)):
         course.record({"step": 0, **before})
     course.list_skipped(prepared.corpus.report.skipped)
@@ -112,19 +114,27 @@ class _Course:
 
     prepared: Prepared
     folder: RunFolder
-    history: list[dict[str, Any]]
     listeners: Listeners
-    evaluated: list[dict[str, Any]] = attrs.field(init=False)
-    losses: list[float] = attrs.field(init=False)
-    skipped: int = attrs.field(init=False)
+    evaluated: list[dict[str, Any]]
+    losses: deque[float]
+    skipped: int
     writing: Writing | None = None
     writes_last: bool = False
     state_bytes: int | None = None
 
-    def __attrs_post_init__(self) -> None:
-        self.evaluated = [record for record in self.history if "held_out_loss" in record]
-        self.losses = [record["loss"] for record in self.history if "loss" in record]
-        self.skipped = sum("skipped" in record for record in self.history)
+    @classmethod
+    def after(
+        cls, history: list[dict[str, Any]], prepared: Prepared, folder: RunFolder, listeners: Listeners
+    ) -> _Course:
+        """What goes on behind the records of a history."""
+        return cls(
+            prepared,
+            folder,
+            listeners,
+            evaluated=[record for record in history if "held_out_loss" in record],
+            losses=deque((record["loss"] for record in history if "loss" in record), RECENT),
+            skipped=sum("skipped" in record for record in history),
+        )
 
     def trained(self, batches: Sequence[Batch], pulse: Pulse) -> dict[str, Any]:
         """Train a step; what is recorded of it."""
@@ -189,9 +199,8 @@ class _Course:
             self.folder.list_skipped(errors)
 
     def record(self, values: dict[str, Any]) -> None:
-        """Keep a record, write it, and tell who listens."""
+        """Write a record, and tell who listens."""
         samples = values.pop("samples", [])
-        self.history.append(values)
         if "held_out_loss" in values:
             self.evaluated.append(values)
         if not self.speaks:
