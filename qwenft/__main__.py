@@ -1,4 +1,4 @@
-"""``python -m qwenft train recipe.json --run-dir DIR``."""
+"""``python -m qwenft train recipe.json --run-dir DIR``, and ``python -m qwenft chat DIR``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import sys
 
 from qwenft.machine import Machine
 from qwenft.recipe import Recipe
+from qwenft.run import open_run
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Compile a saved recipe, show its plan and train it.
+    """Compile a saved recipe, show its plan and train it; or talk with a run.
 
     Where a signal ended the run, after its step and with a checkpoint, the exit code is 128 and its number.
     """
@@ -24,7 +25,17 @@ def main(arguments: list[str] | None = None) -> None:
     train.add_argument("--resume", default="auto", choices=("auto", "must", "never"), help="go on with a run")
     train.add_argument("--accept", action="append", default=[], help="a place of the recipe that may have changed")
     train.add_argument("--allow-module", action="append", default=[], help="a module whose backends may be loaded")
+    chat = commands.add_parser("chat", help="talk with the model of a run")
+    chat.add_argument("run_dir", help="the folder of the run")
+    chat.add_argument("--system", help="what the model is told before")
+    chat.add_argument("--base", action="store_true", help="let the model answer without its adapter")
+    chat.add_argument("--max-new-tokens", type=int, default=256, help="of an answer, at the most")
+    chat.add_argument("--allow-module", action="append", default=[], help="as of train")
     chosen = parser.parse_args(arguments)
+    if chosen.command == "chat":
+        run = open_run(chosen.run_dir, allow_modules=chosen.allow_module)
+        run.chat(system=chosen.system, base=chosen.base, max_new_tokens=chosen.max_new_tokens)
+        return
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         _train(chosen)
         return

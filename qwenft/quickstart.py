@@ -18,7 +18,7 @@ import qwenft as qf
 from qwenft.data.formats import conversation
 from qwenft.data.sources import read_rows
 from qwenft.testing import tiny_base
-from qwenft.testing.skills import SKILLS, exact_match, examination, mixed_tasks, question_of, tasks, ticket
+from qwenft.testing.skills import SKILLS, examination, mixed_tasks, question_of, tasks, ticket
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -74,9 +74,11 @@ def exact_matches(run: qf.Run) -> dict[str, tuple[float, float]]:
     """The share of held-out tasks of each skill that is answered exactly, without the adapter and with it."""
     tests = {"ticket": examination(ticket, EXAMINED_NEW)}
     tests |= {name: examination(skill, EXAMINED_KNOWN) for name, skill in SKILLS.items()}
-    after = {name: exact_match(run.prepared, rows) for name, rows in tests.items()}
-    with run.prepared.model.disable_adapter():
-        return {name: (exact_match(run.prepared, rows), after[name]) for name, rows in tests.items()}
+
+    def share(rows: list[Row], *, base: bool) -> float:
+        return run.evaluate(qf.DataSpec.messages(rows).pack(), base=base)["exact_match"]
+
+    return {name: (share(rows, base=True), share(rows, base=False)) for name, rows in tests.items()}
 
 
 def show_exact_matches(found: dict[str, tuple[float, float]]) -> None:
@@ -116,10 +118,8 @@ def main(arguments: list[str] | None = None) -> None:
         show_exact_matches(found)
         (folder / "exact_match.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print("\nAnswers")
-    for question in QUESTIONS if own else map(question_of, examination(ticket, 3)):
-        print(f"  user      {question}")
-        print(f"  base      {run.generate(question, base=True, max_new_tokens=40)}")
-        print(f"  adapter   {run.generate(question, max_new_tokens=40)}")
+    questions = QUESTIONS if own else [question_of(row) for row in examination(ticket, 3)]
+    print(run.side_by_side(questions, max_new_tokens=40))
     print(f"\nEverything lies in {folder}; the adapter, for stock peft, in {run.adapter_path}")
 
 

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import attrs
 
-from qwenft.errors import CheckpointError
+from qwenft.errors import CheckpointError, SpecError
 from qwenft.specs.parallel import ParallelSpec
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from qwenft.recipe import Recipe
+    from qwenft.reports.answers import Answers
     from qwenft.specs.data import DataSpec
     from qwenft.training.engine import Prepared
     from qwenft.training_plan import TrainingPlan
+
+    Messages = list[dict[str, Any]]
 
 
 def open_run(path: str | os.PathLike[str], *, allow_modules: Sequence[str] = ()) -> Run:
@@ -151,47 +155,119 @@ class Run:
 
         return RunFolder(self.folder).lines("samples.jsonl")
 
-    def evaluate(self, data: DataSpec | None = None) -> dict[str, float]:
-        """Loss (nats a token), perplexity and accuracy on data of your own, or on the held-out part.
+    def evaluate(
+        self, data: DataSpec | None = None, *, base: bool = False, adapter: str | None = None
+    ) -> dict[str, float]:
+        """How trained tokens of your own data, or of the held-out part, are predicted.
 
         Args:
             data: conversations; the held-out part where None.
+            base: by the model without its adapter.
+            adapter: with another one, that :meth:`load_adapter` named so.
+
+        Returns:
+            `loss` (nats a token), `perplexity`, `accuracy`, the share of tokens that are the likeliest, and
+            `exact_match`, the share of conversations in which all of them are. Where only the last answer is
+            trained, a model that generates greedily writes it so to the letter.
 
         Raises:
             DataError: there is nothing to evaluate on.
+            SpecError: no such adapter, or the base was trained itself.
         """
-        return self.plan.evaluate(self.prepared, data)
+        from qwenft.models.lora import active_adapter
+
+        with active_adapter(self.prepared.model, adapter, base=base):
+            return self.plan.evaluate(self.prepared, data)
+
+    @overload
+    def generate(self, messages: str | Messages, **options: Any) -> str: ...
+
+    @overload
+    def generate(self, messages: Sequence[str] | Sequence[Messages], **options: Any) -> list[str]: ...
 
     def generate(
         self,
-        messages: str | list[dict[str, Any]],
+        messages: str | Messages | Sequence[str] | Sequence[Messages],
         *,
         max_new_tokens: int = 256,
+        batch_size: int = 8,
         base: bool = False,
         adapter: str | None = None,
+        on_text: Callable[[str], Any] | None = None,
         **options: Any,
-    ) -> str:
-        """The model's answer.
+    ) -> str | list[str]:
+        """The model's answer, or its answers.
 
         Args:
             messages: a conversation, with images and videos as in training, whose paths may be any, or the text of
-                one user turn.
-            max_new_tokens: at the most.
+                one user turn; or a list of such, which are answered in batches.
+            max_new_tokens: of an answer, at the most.
+            batch_size: how many of a list are answered at a time.
             base: let the model answer without its adapter.
             adapter: let it answer with another one, that :meth:`load_adapter` named so.
+            on_text: called with the pieces of a single answer as they are written.
             **options: of transformers' ``generate``; greedy where none are given.
-        """
-        from qwenft.models.generate import answer
 
-        return answer(
-            self.prepared.model,
-            self.plan.encoder,
-            messages,
-            max_new_tokens,
-            base=base,
-            adapter=adapter,
-            **options,
-        )
+        Returns:
+            A text; of a list, a text each.
+
+        Raises:
+            DataError: a message is none, or holds an image that cannot be seen.
+            SpecError: no such adapter, or the base was trained itself.
+        """
+        from qwenft.models.generate import answers
+        from qwenft.models.lora import active_adapter
+
+        is_one = isinstance(messages, str) or (len(messages) > 0 and isinstance(messages[0], Mapping))
+        conversations: Any = [messages] if is_one else messages
+        if on_text is not None and not is_one:
+            problem = f"generate(on_text=...): {len(conversations)} answers are written together"
+            raise SpecError(problem, fix="one conversation at a time", got=len(conversations), expected=1)
+        with active_adapter(self.prepared.model, adapter, base=base):
+            texts = answers(
+                self.prepared.model,
+                self.plan.encoder,
+                conversations,
+                max_new_tokens,
+                batch_size=batch_size,
+                on_text=on_text,
+                **options,
+            )
+        return texts[0] if is_one else texts
+
+    def side_by_side(self, prompts: Sequence[str] | Sequence[Messages], **options: Any) -> Answers:
+        """What the base answers, and what the model answers with its adapter.
+
+        Args:
+            prompts: conversations, or the texts of user turns.
+            **options: of :meth:`generate`.
+
+        Returns:
+            A table of `prompt`, `base` and `adapter`, which is a sequence of such rows too.
+
+        Raises:
+            DataError, SpecError: as of :meth:`generate`.
+        """
+        from qwenft.reports.answers import Answers
+
+        return Answers.of(prompts, self.generate(prompts, base=True, **options), self.generate(prompts, **options))
+
+    def chat(self, *, system: str | None = None, **options: Any) -> Messages:
+        """Talk with the model, in a terminal or in a cell; an empty line, Ctrl-C or Ctrl-D ends it.
+
+        Args:
+            system: what the model is told before.
+            **options: of :meth:`generate`.
+
+        Returns:
+            What was said, as messages.
+
+        Raises:
+            DataError, SpecError: as of :meth:`generate`.
+        """
+        from qwenft.reports.answers import converse
+
+        return converse(self, system, options)
 
     def load_adapter(self, path: str | Path, name: str) -> None:
         """Put a further adapter, of a run or of peft, beside the one that was trained; it waits to be named.

@@ -375,7 +375,7 @@ class TrainingPlan:
             progress=progress,
         )
 
-    def evaluate(self, prepared: Prepared, data: DataSpec | None) -> dict[str, float]:
+    def evaluate(self, prepared: Prepared, data: DataSpec | None = None) -> dict[str, float]:
         """How a prepared model predicts; see :meth:`qwenft.run.Run.evaluate`."""
         from qwenft.data.corpus import read_corpus
 
@@ -386,7 +386,12 @@ class TrainingPlan:
         if stream is None:
             raise DataError("there is no held-out data", fix="run.evaluate(DataSpec.messages(...))", row=None)
         found = prepared.evaluate(stream)
-        return {"loss": found.loss, "perplexity": found.perplexity, "accuracy": found.accuracy}
+        return {
+            "loss": found.loss,
+            "perplexity": found.perplexity,
+            "accuracy": found.accuracy,
+            "exact_match": found.exact_match,
+        }
 
     def export(self, prepared: Prepared, path: Path, base: str = "checkpoint") -> Path:
         """Write the merged checkpoint; see :meth:`qwenft.run.Run.export`."""

@@ -26,7 +26,7 @@ from qwenft.data.chat import ChatEncoder
 from qwenft.data.stream import Batch
 from qwenft.testing import TinySizes, tiny_checkpoint, train_tokenizer
 from qwenft.testing.conversations import chitchat_messages, pieces
-from qwenft.testing.skills import SKILLS, exact_match, examination, tasks
+from qwenft.testing.skills import SKILLS, examination, tasks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -141,14 +141,14 @@ def optimizers(trained: dict[str, Any]) -> list[torch.optim.Optimizer]:
     return [Muon(projections, lr=0.02), torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
-def learn(prepared: Any, encoder: ChatEncoder, chats: list[Row], steps: int, seed: int) -> None:
+def learn(plan: qf.TrainingPlan, prepared: Any, chats: list[Row], steps: int, seed: int) -> None:
     """The loop."""
     both = optimizers(prepared.trained)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(o, lambda step: min((step + 1) / 50, 1 - step / steps)) for o in both
     ]
     started, total, tokens = time.monotonic(), 0.0, 0.0
-    training = documents_of_steps(encoder, rows_of_steps(chats, seed))
+    training = documents_of_steps(ChatEncoder(prepared.tokenizer), rows_of_steps(chats, seed))
     for step, documents in enumerate(itertools.islice(training, steps), start=1):
         loss = prepared.loss(Batch.from_documents(documents))
         (loss.total / loss.tokens).backward()
@@ -158,10 +158,16 @@ def learn(prepared: Any, encoder: ChatEncoder, chats: list[Row], steps: int, see
             schedule.step()
         total, tokens = total + float(loss.total.detach()), tokens + loss.tokens
         if step % 100 == 0 or step == steps:
-            known = {name: exact_match(prepared, examination(SKILLS[name], 20, seed=1)) for name in SKILLS}
+            known = exact_matches(plan, prepared, 20, seed=1)
             shown = "  ".join(f"{name} {share:.2f}" for name, share in known.items())
             print(f"{step:5}  {time.monotonic() - started:4.0f} s  loss {total / tokens:.3f}  {shown}", flush=True)
             total = tokens = 0.0
+
+
+def exact_matches(plan: qf.TrainingPlan, prepared: Any, number: int, seed: int = 0) -> dict[str, float]:
+    """The share of so many held-out tasks of each skill that is answered exactly."""
+    data = {name: qf.DataSpec.messages(examination(SKILLS[name], number, seed)).pack() for name in SKILLS}
+    return {name: round(plan.evaluate(prepared, each)["exact_match"], 3) for name, each in data.items()}
 
 
 def examine(checkpoint: Path, held_out_chats: list[Row]) -> dict[str, Any]:
@@ -171,9 +177,7 @@ def examine(checkpoint: Path, held_out_chats: list[Row]) -> dict[str, Any]:
     plan = recipe.compile()
     prepared = plan.prepare()
     return {
-        "exact_match": {
-            name: round(exact_match(prepared, examination(skill, EXAMINED)), 3) for name, skill in SKILLS.items()
-        },
+        "exact_match": exact_matches(plan, prepared, EXAMINED),
         "held_out_tasks_each": EXAMINED,
         "conversation_loss": round(prepared.evaluate(plan.stream).loss, 3),
         "parameters": sum(parameter.numel() for parameter in prepared.model.parameters()),
@@ -207,7 +211,7 @@ def main() -> None:
         )
         plan = recipe.compile()
         prepared = plan.prepare()
-        learn(prepared, ChatEncoder(prepared.tokenizer), chats, asked.steps, asked.seed)
+        learn(plan, prepared, chats, asked.steps, asked.seed)
         shutil.rmtree(asked.path, ignore_errors=True)
         plan.export(prepared, asked.path)
     (asked.path / "export.json").unlink()

@@ -17,7 +17,7 @@ from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from qwenft.errors import SpecError
+from qwenft.errors import SpecError, nearest
 from qwenft.family.inventory import inventory
 from qwenft.models.adapter import TENSORS, Adapter, require_lora
 from qwenft.models.bind import causal_of
@@ -169,6 +169,47 @@ def load_adapter(model: Any, name: str, config: peft.LoraConfig, adapter: Adapte
     _use_own_layers(model)
     put_adapter(model, adapter, loaded, name)
     model.set_adapter(active)  # what peft wraps anew knows of the new adapter alone
+
+
+@contextmanager
+def active_adapter(model: Any, name: str | None, *, base: bool = False) -> Iterator[None]:
+    """Let one adapter of a peft model be active for all others, or none of them.
+
+    Args:
+        model: of :func:`add_lora`, or of full fine-tuning.
+        name: of the adapter; the one that is active stays so where None.
+        base: none of them.
+
+    Raises:
+        SpecError: there is no such adapter, or the base was trained itself.
+    """
+    known = list(getattr(model, "peft_config", ()))
+    if base:
+        if not known:
+            problem = "base=True: the whole model was trained, and its base is not in memory"
+            raise SpecError(problem, fix="AdapterSpec.lora(), which leaves it as it is", got=base)
+        if name is not None:
+            problem = f"base=True and adapter={name!r}: the base answers without any"
+            raise SpecError(problem, fix=f"one of them, adapter={name!r} say", got=name)
+        with model.disable_adapter():
+            yield
+        return
+    before = getattr(model, "active_adapter", None)
+    if name is None or name == before:
+        yield
+        return
+    if name not in known:
+        raise SpecError(
+            f"there is no adapter {name!r}; there are {', '.join(known) or 'none'}{nearest(name, known)}",
+            fix=f'run.load_adapter("path/to/{name}", "{name}")',
+            got=name,
+            expected=known,
+        )
+    model.set_adapter(name)
+    try:
+        yield
+    finally:
+        model.set_adapter(before)
 
 
 @contextmanager

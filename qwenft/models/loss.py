@@ -98,32 +98,28 @@ def token_losses(
 
 
 @torch.no_grad()
-def token_scores(
-    hidden: torch.Tensor, head: Any, labels: torch.Tensor, weights: torch.Tensor | None = None
-) -> tuple[float, float]:
-    """What evaluation adds up: the negative log-likelihood of supervised tokens, and how many are the likeliest.
+def token_scores(hidden: torch.Tensor, head: Any, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How supervised tokens are predicted.
 
     Args:
         hidden: [S, H].
         head: the output head.
         labels: [S], a token each.
-        weights: [S], 1 everywhere where None.
 
     Returns:
-        Two weighted sums over the tokens.
+        Of each token, [S], the negative log-likelihood in nats, float32, and whether no other is likelier.
     """
-    weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights.float()
-    loss = correct = 0.0
+    losses = torch.empty(labels.shape, dtype=torch.float32, device=labels.device)
+    likeliest = torch.empty_like(labels, dtype=torch.bool)
     for part in _parts(len(labels), _LOGIT_BYTES, head.out_features):
         if _is_plain(head):
             logits = hidden.new_empty((len(labels[part]), head.out_features), dtype=torch.float32)
             _logits(hidden[part], head.weight, logits)
         else:
             logits = head.forward(hidden[part]).float()
-        each = F.cross_entropy(logits, labels[part], reduction="none")
-        loss += float((each * weights[part]).sum())
-        correct += float(((logits.argmax(dim=-1) == labels[part]) * weights[part]).sum())
-    return loss, correct
+        losses[part] = F.cross_entropy(logits, labels[part], reduction="none")
+        likeliest[part] = logits.argmax(dim=-1) == labels[part]
+    return losses, likeliest
 
 
 def _is_plain(head: Any) -> bool:

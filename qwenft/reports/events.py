@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _STEP = ("loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_bytes", "state_bytes")
-_EVALUATION = ("held_out_loss", "held_out_perplexity", "held_out_accuracy")
+_EVALUATION = ("held_out_loss", "held_out_perplexity", "held_out_accuracy", "held_out_exact_match")
 
 
 class EventFile:

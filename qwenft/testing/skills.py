@@ -1,4 +1,4 @@
-"""What the tiny base has learned: short tasks that are drawn at random, and how many of them a model answers."""
+"""What the tiny base has learned: short tasks that are drawn at random."""
 
 from __future__ import annotations
 
@@ -9,17 +9,8 @@ import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from qwenft.data.chat import ChatEncoder
-from qwenft.data.masking import IGNORED
-from qwenft.data.stream import Batch
-from qwenft.specs.data import DataSpec
-
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-
-    from qwenft.data.document import Document
+    from collections.abc import Iterator
 
 Row = dict[str, Any]
 Skill = Callable[[random.Random], Row]
@@ -168,29 +159,6 @@ def examination(skill: Skill, number: int, seed: int = 0) -> list[Row]:
     return list(found.values())
 
 
-@torch.no_grad()
-def exact_match(prepared: Any, rows: Sequence[Row]) -> float:
-    """The share of tasks that a model answers exactly, greedily.
-
-    That is so where each token of the answer, its end included, is the likeliest after the right ones before it;
-    so one forward pass over many tasks tells.
-
-    Args:
-        prepared: of ``plan.prepare()``, or ``run.prepared``.
-        rows: the tasks.
-    """
-    documents = list(ChatEncoder(prepared.tokenizer).encode(DataSpec.messages(list(rows))))
-    was_training = prepared.model.training
-    prepared.model.eval()
-    right = 0
-    for some in _together(documents, tokens=4096):
-        batch = Batch.from_documents(some)
-        wrong = (prepared.logits(batch).argmax(-1).cpu() != batch.labels) & (batch.labels != IGNORED)
-        right += len(some) - len(batch.layout.document_ids[wrong].unique())
-    prepared.model.train(was_training)
-    return right / len(documents)
-
-
 def draw_order(draw: random.Random) -> dict[str, Any]:
     """Who orders what."""
     return {
@@ -241,14 +209,3 @@ def _tool(name: str, arguments: dict[str, Any]) -> Row:
     types = {key: {"type": "integer" if isinstance(value, int) else "string"} for key, value in arguments.items()}
     parameters = {"type": "object", "properties": types, "required": list(types)}
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
-
-
-def _together(documents: Iterable[Document], tokens: int) -> Iterator[list[Document]]:
-    """Documents in their order, as many together as have so many tokens."""
-    row: list[Document] = []
-    for document in documents:
-        if row and sum(map(len, row)) + len(document) > tokens:
-            yield row
-            row = []
-        row.append(document)
-    yield row

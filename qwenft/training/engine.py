@@ -191,14 +191,11 @@ class Prepared(Learner):
         """How well the supervised tokens of a stream are predicted."""
         was_training = self.model.training
         self.model.eval()
-        loss = correct = tokens = 0.0
         with self.algorithms():
-            for batch in stream.evaluated():
-                scores = self.scores(batch)
-                loss, correct, tokens = loss + scores[0], correct + scores[1], tokens + batch.tokens
+            scores = [self.scores(batch) for batch in stream.evaluated()]
         self.model.train(was_training)
-        loss, correct, tokens = self.ranks.sum((loss, correct, tokens))
-        return Evaluation(loss=loss / tokens, accuracy=correct / tokens, tokens=tokens)
+        loss, correct, tokens, exact, documents = self.ranks.sum([sum(each) for each in zip(*scores, strict=True)])
+        return Evaluation(loss / tokens, accuracy=correct / tokens, exact_match=exact / documents, tokens=tokens)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write all that :meth:`load` needs to go on to the bit: a new folder, whole or not at all.

@@ -189,15 +189,25 @@ class Learner:
         return supervised_SC, batch.labels[wanted], None if batch.weights is None else batch.weights[wanted]
 
     @torch.no_grad()
-    def scores(self, batch: Batch) -> tuple[float, float]:
-        """What :func:`qwenft.models.loss.token_scores` gives for the supervised tokens of a micro-batch."""
+    def scores(self, batch: Batch) -> tuple[float, float, float, int, int]:
+        """How a micro-batch is predicted, as sums.
+
+        Returns:
+            The negative log-likelihood of its supervised tokens, the weights of those that are the likeliest, the
+            weights of all; the documents whose supervised tokens are all the likeliest, and those that have any.
+        """
         batch = self._on_device(batch)
 
         def scores() -> Any:
-            return self._at_head(token_scores, *self._supervised(batch, self.hidden))
+            hidden_SC, labels, _ = self._supervised(batch, self.hidden)
+            return self._at_head(token_scores, hidden_SC, labels)
 
-        found: tuple[float, float] = within(causal_of(self.model), scores)
-        return found
+        losses, likeliest = within(causal_of(self.model), scores)
+        documents = batch.layout.document_ids[batch.positions]
+        weights = torch.ones_like(losses) if batch.weights is None else batch.weights[batch.positions].float()
+        asked, missed = len(documents.unique()), len(documents[~likeliest].unique())
+        loss, correct = float(losses @ weights), float(likeliest.float() @ weights)
+        return loss, correct, batch.tokens, asked - missed, asked
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """[T, vocabulary], for every token."""

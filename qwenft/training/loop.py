@@ -12,7 +12,7 @@ import attrs
 from qwenft.data.chat import ChatEncoder
 from qwenft.data.stream import places_text
 from qwenft.errors import CheckpointError, NonFiniteError, RankError
-from qwenft.models.generate import answer
+from qwenft.models.generate import answers
 from qwenft.training.diagnosis import RECENT, usual_loss
 from qwenft.training.interruption import Interruption
 from qwenft.training.memory_use import is_shortage, peak_bytes, shortage
@@ -63,7 +63,8 @@ def train(
         history: the records so far: `step, epoch, loss, learning_rate, grad_norm, tokens,
             stream_tokens, ranks, seconds, compile_seconds, tokens_per_second, peak_bytes, state_bytes`,
             `expert_load, idle_experts` of a mixture of experts, `mtp_loss` where that layer is trained, and
-            `held_out_loss, held_out_perplexity, held_out_accuracy, evaluation_seconds` where it was evaluated.
+            `held_out_loss, held_out_perplexity, held_out_accuracy, held_out_exact_match, evaluation_seconds` where
+            it was evaluated.
         listeners: who is told.
         state_bytes: of weights, gradients and optimizer, repeated in every record.
 
@@ -226,15 +227,18 @@ class _Course:
                 "held_out_loss": found.loss,
                 "held_out_perplexity": found.perplexity,
                 "held_out_accuracy": found.accuracy,
+                "held_out_exact_match": found.exact_match,
             }
         if training.sample_prompts:
-            values["samples"] = [self._answered(step, prompt) for prompt in training.sample_prompts]
+            values["samples"] = self._samples(step)
         return {**values, "evaluation_seconds": time.perf_counter() - started} if values else {}
 
-    def _answered(self, step: int, prompt: str) -> dict[str, Any]:
-        prepared = self.prepared
-        text = answer(prepared.model, ChatEncoder(prepared.tokenizer), prompt, prepared.training.sample_tokens)
-        return {"step": step, "prompt": prompt, "answer": text}
+    def _samples(self, step: int) -> list[dict[str, Any]]:
+        prepared, prompts = self.prepared, self.prepared.training.sample_prompts
+        encoder = ChatEncoder(prepared.tokenizer)
+        texts = answers(prepared.model, encoder, prompts, prepared.training.sample_tokens)
+        found = zip(prompts, texts, strict=True)
+        return [{"step": step, "prompt": prompt, "answer": text} for prompt, text in found]
 
     def is_saved(self, step: int) -> bool:
         """Whether a step gets a checkpoint by itself."""

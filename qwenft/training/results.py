@@ -81,12 +81,15 @@ class Evaluation:
 
     Args:
         loss: the mean negative log-likelihood, in nats a token.
-        accuracy: the share of tokens that are the likeliest.
+        accuracy: the share of tokens that are the likeliest, by their weights.
+        exact_match: the share of documents all of whose supervised tokens are the likeliest. Where only the last
+            answer is supervised, a model that generates greedily writes it so, its end included.
         tokens: the sum of their weights.
     """
 
     loss: float
     accuracy: float
+    exact_match: float
     tokens: float
 
     @property

@@ -261,6 +261,10 @@ def test_a_run_on_images_from_its_first_step_to_its_answer(checkpoint, folder, t
         }
     ]
     answer = run.generate(asked, max_new_tokens=8)
+    other = [{"role": "user", "content": [{"type": "image", "image": str(folder / "3.png")}]}]
+    others = [run.generate(messages, max_new_tokens=8) for messages in (other, "Number 4?")]
+    together = [other, [{"role": "user", "content": "Number 4?"}], asked]
+    assert run.generate(together, max_new_tokens=8) == [*others, answer]
     stock = transformers.AutoModelForImageTextToText.from_pretrained(run.export(tmp_path / "merged")).eval()
     document = plan.encoder.prompt(asked, plan.recipe.data.images)
     ids = torch.from_numpy(document.input_ids)[None].long()

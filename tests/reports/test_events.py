@@ -28,7 +28,7 @@ def test_tensorboard_reads_what_a_run_wrote(dense_checkpoint, tmp_path):
         assert len(events.Scalars(f"train/{name}")) == 5
         if name == "loss":
             assert all(abs(found[record["step"]] - record["loss"]) < 1e-5 for record in steps)
-    for name in ("loss", "perplexity", "accuracy"):
+    for name in ("loss", "perplexity", "accuracy", "exact_match"):
         assert [event.step for event in events.Scalars(f"held_out/{name}")] == [0, 2, 4, 5]
     assert "Hi/text_summary" in events.Tags()["tensors"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

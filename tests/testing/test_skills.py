@@ -10,11 +10,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 import qwenft as qf
 from qwenft.data.chat import ChatEncoder
-from qwenft.models.generate import answer
+from qwenft.models.generate import answers
 from qwenft.testing import tiny_base
 from qwenft.testing.skills import (
     SKILLS,
-    exact_match,
     examination,
     is_held_out,
     mixed_tasks,
@@ -28,10 +27,22 @@ LEARNED = json.loads((tiny_base() / "skills.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
-def base():
-    """The shipped base, ready to answer."""
+def plan():
+    """One that needs nothing but the shipped base."""
     data = qf.DataSpec.messages(examination(ticket, 8))
-    return qf.Recipe(qf.ModelSpec(tiny_base(), dtype="float32"), data, qf.AdapterSpec.full()).compile().prepare()
+    return qf.Recipe(qf.ModelSpec(tiny_base(), dtype="float32"), data, qf.AdapterSpec.full()).compile()
+
+
+@pytest.fixture(scope="module")
+def base(plan):
+    """The shipped base, ready to answer."""
+    return plan.prepare()
+
+
+@pytest.fixture(scope="module")
+def exact_match(plan, base):
+    """The share of tasks that the base answers exactly."""
+    return lambda rows: plan.evaluate(base, qf.DataSpec.messages(rows).pack())["exact_match"]
 
 
 @pytest.mark.parametrize("skill", ALL.values(), ids=ALL)
@@ -59,25 +70,25 @@ def test_mixed_tasks_take_every_skill_in_turn():
     assert sum("tools" in row for row in drawn) == 3
 
 
-def test_the_base_answers_what_it_is_said_to(base):
+def test_the_base_answers_what_it_is_said_to(exact_match):
     """On some of the held-out tasks it is right about as often as skills.json says."""
     for name, share in LEARNED["exact_match"].items():
-        assert exact_match(base, examination(SKILLS[name], 24)) >= share - 0.2, name
+        assert exact_match(examination(SKILLS[name], 24)) >= share - 0.2, name
 
 
-def test_the_base_writes_no_tickets(base):
+def test_the_base_writes_no_tickets(exact_match):
     """What the quickstart teaches is new to it."""
-    assert exact_match(base, examination(ticket, 24)) <= 0.05
+    assert exact_match(examination(ticket, 24)) <= 0.05
 
 
-def test_an_exact_match_is_what_greedy_generation_writes(base):
+def test_an_exact_match_is_what_greedy_generation_writes(base, exact_match):
     """The answers that count as exact are those that transformers' own generate gives."""
-    encoder = ChatEncoder(base.tokenizer)
     rows = examination(SKILLS["subtract"], 6) + examination(SKILLS["extract"], 6) + examination(ticket, 2)
-    for row in rows:
-        question, expected = (message["content"] for message in row["messages"])
-        written = answer(base.model, encoder, question, 60)
-        assert (written == expected) == (exact_match(base, [row]) == 1.0), (question, written)
+    asked, expected = zip(*((message["content"] for message in row["messages"]) for row in rows), strict=True)
+    written = answers(base.model, ChatEncoder(base.tokenizer), asked, 60, batch_size=5)
+    right = [text == wanted for text, wanted in zip(written, expected, strict=True)]
+    assert 0 < sum(right) < len(rows)
+    assert right == [exact_match([row]) == 1.0 for row in rows]
 
 
 def test_stock_transformers_loads_the_base():

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
+from itertools import groupby
+from operator import itemgetter
 
 import pytest
 import torch
@@ -33,7 +35,7 @@ def test_evaluation_is_that_of_all_logits(dense_checkpoint):
     found = prepared.evaluate(prepared.corpus.held_out)
     assert prepared.model.training
     prepared.model.eval()
-    losses, right = [], []
+    losses, right, exact = [], [], []
     with torch.no_grad():
         for _, row in prepared.corpus.held_out.rows_from(Place()):
             batch = Batch.from_documents(row)
@@ -41,9 +43,12 @@ def test_evaluation_is_that_of_all_logits(dense_checkpoint):
             logits = prepared.logits(batch)[kept]
             losses += torch.nn.functional.cross_entropy(logits, batch.labels[kept], reduction="none").tolist()
             right += (logits.argmax(-1) == batch.labels[kept]).tolist()
+            of_documents = zip(right[-int(kept.sum()) :], batch.layout.document_ids[kept].tolist(), strict=True)
+            exact += [all(token for token, _ in group) for _, group in groupby(of_documents, key=itemgetter(1))]
     assert found.loss == pytest.approx(sum(losses) / len(losses), rel=1e-6)
     assert found.perplexity == pytest.approx(math.exp(found.loss))
-    assert found.accuracy == sum(right) / len(right)
+    assert found.accuracy == pytest.approx(sum(right) / len(right))
+    assert found.exact_match == sum(exact) / len(exact)
     assert found.tokens == len(losses)
 
 
