@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from qwenft.specs.model import ModelSpec
     from qwenft.specs.parallel import ParallelSpec
     from qwenft.specs.training import TrainingSpec
+    from qwenft.trackers import Tracker
     from qwenft.training_plan import TrainingPlan
 
 __version__ = "0.1.0"
@@ -63,6 +64,7 @@ _HOMES = {
     "Recipe": "qwenft.recipe",
     "Run": "qwenft.run",
     "SpecError": "qwenft.errors",
+    "Tracker": "qwenft.trackers",
     "TrainingPlan": "qwenft.training_plan",
     "TrainingSpec": "qwenft.specs.training",
     "from_axolotl": "qwenft.axolotl",
@@ -71,7 +73,7 @@ _HOMES = {
     "preset": "qwenft.known_recipes",
     "presets": "qwenft.known_recipes",
 }
-_MODULES = ("backends", "family", "testing")
+_MODULES = ("backends", "family", "testing", "trackers")
 
 __all__ = [
     "AdapterSpec",
@@ -96,6 +98,7 @@ __all__ = [
     "Recipe",
     "Run",
     "SpecError",
+    "Tracker",
     "TrainingPlan",
     "TrainingSpec",
     "__version__",

@@ -25,6 +25,8 @@ def main(arguments: list[str] | None = None) -> None:
     train.add_argument("--resume", default="auto", choices=("auto", "must", "never"), help="go on with a run")
     train.add_argument("--accept", action="append", default=[], help="a place of the recipe that may have changed")
     train.add_argument("--allow-module", action="append", default=[], help="a module whose backends may be loaded")
+    train.add_argument("--tracker", action="append", default=[], help="wandb, mlflow or trackio")
+    train.add_argument("--verbose", type=int, default=2, choices=(0, 1, 2), help="0: notices alone, 1: a line")
     chat = commands.add_parser("chat", help="talk with the model of a run")
     chat.add_argument("run_dir", help="the folder of the run")
     chat.add_argument("--system", help="what the model is told before")
@@ -55,7 +57,13 @@ def _train(chosen: argparse.Namespace) -> None:
         print(plan.explain())
     # Started again after a failure, they go on with what they began.
     is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    run = plan.train(chosen.run_dir, "auto" if is_restart else chosen.resume, accept=chosen.accept)
+    run = plan.train(
+        chosen.run_dir,
+        "auto" if is_restart else chosen.resume,
+        accept=chosen.accept,
+        verbose=chosen.verbose,
+        trackers=chosen.tracker,
+    )
     if ranks.is_first:
         print(run)
     ranks.leave()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,7 +28,6 @@ _COLOURS = (
     "#444444",
 )
 _FREE = "transparent"
-_POINTS = 400  # of a curve, at the most
 
 
 class Shown(ABC):
@@ -106,10 +105,12 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequ
     return f'<table style="margin:6px 0">{head}<tbody>{body}</tbody></table>'
 
 
-def html_bar(parts: Sequence[tuple[str, float]], text: Callable[[float], str], note: str = "") -> str:
-    """Parts of a whole as a coloured bar, with a legend that says each in words; what is "free" is left empty."""
+def html_bar(
+    parts: Sequence[tuple[str, float]], text: Callable[[float], str], note: str = "", rest: str = "free"
+) -> str:
+    """Parts of a whole as a coloured bar, with a legend that says each in words; the rest is left empty."""
     whole = sum(count for _, count in parts) or 1
-    colours = [_FREE if name == "free" else colour for (name, _), colour in zip(parts, _COLOURS, strict=False)]
+    colours = [_FREE if name == rest else colour for (name, _), colour in zip(parts, _COLOURS, strict=False)]
     blocks = "".join(
         f'<div style="width:{100 * count / whole:.2f}%;background:{colour}" title="{escape(name)}"></div>'
         for (name, count), colour in zip(parts, colours, strict=True)
@@ -124,21 +125,65 @@ def html_bar(parts: Sequence[tuple[str, float]], text: Callable[[float], str], n
     return f'<div style="{frame}">{blocks}</div>{below}'
 
 
-def html_curve(points: Sequence[tuple[float, float]], name: str) -> str:
-    """A small curve of what is finite, which says its ends in words too; nothing for less than two points."""
-    points = [point for point in points if math.isfinite(point[1])]
-    if len(points) < 2:
+class Line(NamedTuple):
+    """One of the lines of a chart.
+
+    Args:
+        name: in the legend.
+        points: x and y.
+        style: "line", "faint", or "dots" with a line between them.
+        colour: the number of its colour.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    style: str = "line"
+    colour: int = 0
+
+
+def html_chart(*lines: Line, height: int = 120) -> str:
+    """Lines over the same steps, of what is finite, which say their ends in words too; nothing for no line."""
+    drawn = [
+        line._replace(points=points)
+        for line in lines
+        if len(points := [point for point in line.points if math.isfinite(point[1])]) > (line.style != "dots")
+    ]
+    if not drawn:
         return ""
-    xs, ys = zip(*points[:: max(1, len(points) // _POINTS)], strict=True)
-    width, height = 680, 90
+    xs, ys = zip(*(point for line in drawn for point in line.points), strict=True)
     low, high = min(ys), max(ys)
-    placed = " ".join(
-        f"{(x - xs[0]) / (xs[-1] - xs[0]) * width:.1f},{(high - y) / (high - low or 1) * height:.1f}"
-        for x, y in zip(xs, ys, strict=True)
+    across, up = max(xs) - min(xs) or 1, high - low or 1
+
+    def placed(x: float, y: float) -> tuple[float, float]:
+        return (x - min(xs)) / across * _CHART, (high - y) / up * height
+
+    shapes = "".join(_shape(line, [placed(*point) for point in line.points]) for line in drawn)
+    said = [f"{line.name} from {line.points[0][1]:.4g} to {line.points[-1][1]:.4g}" for line in drawn]
+    scale = "".join(
+        f'<text x="{_CHART}" y="{y}" text-anchor="end" font-size="11" fill="currentColor">{value:.4g}</text>'
+        for y, value in ((9, high), (height - 2, low))
     )
-    label = f"{name} from {points[0][1]:.4g} to {points[-1][1]:.4g}"
+    legend = " ".join(
+        f'<span style="margin-right:10px;white-space:nowrap"><span style="color:{_COLOURS[line.colour]}">'
+        f"{_MARKS[line.style]}</span> {escape(text)}</span>"
+        for line, text in zip(drawn, said, strict=True)
+    )
     return (
-        f'<svg viewBox="0 -4 {width} {height + 8}" style="max-width:{width}px;width:100%" role="img" '
-        f'aria-label="{escape(label)}"><polyline points="{placed}" fill="none" stroke="{_COLOURS[0]}" '
-        'stroke-width="2"/></svg>'
+        f'<svg viewBox="-4 -4 {_CHART + 8} {height + 8}" style="max-width:{_CHART}px;width:100%" role="img" '
+        f'aria-label="{escape("; ".join(said))}">{shapes}{scale}</svg><div style="margin:0 10px">{legend}</div>'
     )
+
+
+_CHART = 680  # pixels
+_MARKS = {"line": "&#9473;", "faint": "&#9472;", "dots": "&#9679;"}
+
+
+def _shape(line: Line, points: Sequence[tuple[float, float]]) -> str:
+    colour = _COLOURS[line.colour]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    strength = 'stroke-width="1" stroke-opacity="0.45"' if line.style == "faint" else 'stroke-width="2"'
+    shape = f'<polyline points="{path}" fill="none" stroke="{colour}" {strength}/>'
+    if line.style != "dots":
+        return shape
+    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>' for x, y in points)
+    return (shape if len(points) > 1 else "") + dots

@@ -13,6 +13,8 @@ from qwenft.run import Run
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from qwenft.reports.live import Watched
+    from qwenft.trackers import Tracker, Trackers
     from qwenft.training.engine import Prepared
     from qwenft.training.run_folder import RunFolder
     from qwenft.training_plan import TrainingPlan
@@ -26,43 +28,47 @@ def train(
     *,
     resume: str,
     accept: Sequence[str],
-    progress: bool,
+    verbose: int,
+    trackers: Sequence[str | Tracker],
     on_step: Callable[[dict[str, Any]], Any] | None,
     on_evaluate: Callable[[dict[str, Any]], Any] | None,
     on_save: Callable[[Path], Any] | None,
     on_end: Callable[[Run], Any] | None,
 ) -> Run:
     """Begin or continue a run; see :meth:`qwenft.TrainingPlan.train`."""
-    from qwenft.reports.events import EventFile
-    from qwenft.reports.live import Progress
+    from qwenft.reports.live import Live, require_verbose
+    from qwenft.trackers import TensorBoard, tracker
     from qwenft.training import loop
     from qwenft.training.allocator import return_freed_memory
     from qwenft.training.results import INTERRUPTED
     from qwenft.training.run_folder import RunFolder
 
     _require_resume(resume)
+    require_verbose(verbose)
+    chosen = [TensorBoard(), *map(tracker, trackers)]
     folder = RunFolder(path)
     with ExitStack() as stack:
         notices = plan.ranks.by_first(lambda: stack.enter_context(folder.locked()))
         prepared, history, found = _begin(plan, folder, resume, accept)
         speaks = prepared.ranks.is_first
         stack.callback(return_freed_memory)
-        shown = stack.enter_context(
-            Progress(plan.data, plan.recipe.training, prepared.steps_done, shown=progress and speaks)
-        )
+        shown = stack.enter_context(Live(_watched(plan, path, history), verbose if speaks else 0))
         told: list[Any] = [shown]
+        on_notice = _all(shown.notice, folder.notice if speaks else None)
         if speaks:
-            told.append(stack.enter_context(EventFile(path / "tensorboard", prepared.steps_done)))
+            told.append(stack.enter_context(_tracked(plan, folder, chosen, prepared.steps_done, on_notice)))
         listeners = loop.Listeners(
             on_step=_all(*(one.step for one in told), on_step),
             on_evaluate=_all(*(one.evaluation for one in told), on_evaluate),
             on_save=_all(on_save),
-            on_notice=_all(shown.notice, folder.notice if speaks else None),
+            on_notice=on_notice,
         )
         for notice in (*notices, *found) if speaks else ():
             listeners.on_notice(notice)
         with _memory_planned(plan):
             ending = loop.train(prepared, folder, history, listeners, state_bytes=plan.state.total)
+        for one in told:
+            one.ending = ending.kind
         run = Run(path, prepared.ranks.by_first(lambda: folder.history), ending.kind, ending.signal)
         run.plan, run.prepared = plan, prepared
         if ending.kind != INTERRUPTED:
@@ -70,6 +76,46 @@ def train(
     if on_end is not None and speaks:
         on_end(run)
     return run
+
+
+def _watched(plan: TrainingPlan, path: Path, history: Sequence[dict[str, Any]]) -> Watched:
+    """What a view of the run knows before."""
+    from qwenft.reports.live import Watched
+
+    planned = None
+    if plan.forecast.memory_is_known:
+        # Of a process on a CPU all of its memory is measured, of a GPU the live tensors.
+        memory = plan.memory
+        planned = memory.needed_bytes if plan.machine.device == "cpu" else memory.peak_bytes
+    return Watched(f"Run in {path}", plan.data, plan.recipe.training, planned, history)
+
+
+def _tracked(
+    plan: TrainingPlan,
+    folder: RunFolder,
+    chosen: Sequence[Tracker],
+    steps_done: int,
+    on_notice: Callable[[str], Any],
+) -> Trackers:
+    """The trackers, which continue what they were told of the run before."""
+    from qwenft.trackers import TrackedRun, Trackers
+    from qwenft.training.environment import environment
+
+    summary, known = plan.summary(), folder.trackers
+    config = {
+        "recipe": plan.identity["recipe"],
+        **{name: summary[name] for name in ("model", "machine", "trained_parameters", "fingerprint")},
+        "versions": environment()["versions"],
+    }
+
+    def run_of(name: str) -> TrackedRun:
+        return TrackedRun(folder.path, config, steps_done, known.get(name))
+
+    def keep(ids: dict[str, str]) -> None:
+        if ids:
+            folder.write("trackers.json", {**known, **ids})
+
+    return Trackers(chosen, run_of, keep, on_notice)
 
 
 @contextmanager
@@ -98,14 +144,22 @@ def launch(
     resume: str,
     accept: Sequence[str],
     max_restarts: int,
-    progress: bool,
+    verbose: int,
+    trackers: Sequence[str],
 ) -> Run:
     """Train in other processes; see :meth:`qwenft.TrainingPlan.launch`."""
-    from qwenft.reports.live import Progress
+    from qwenft.reports.live import Live, require_verbose
+    from qwenft.trackers import tracker
     from qwenft.training.launch import launch as launch_processes
     from qwenft.training.run_folder import RunFolder
 
     _require_resume(resume)
+    require_verbose(verbose)
+    for each in trackers:
+        if not isinstance(each, str):
+            problem = f"launch(trackers=...): {each!r} cannot be handed to other processes"
+            raise SpecError(problem, fix='its name, trackers=["wandb"] say', got=each)
+        tracker(each)
     plan.require_runnable()
     plan = plan.for_processes(processes)
     _require_places(plan, accept)
@@ -115,8 +169,9 @@ def launch(
     with TemporaryDirectory(prefix="qwenft-") as place:
         recipe = plan.recipe.save(Path(place) / "recipe.json")
         done = max(folder.checkpoints, default=0)
+        history = [record for record in folder.history if record["step"] <= done]
         # Their tokens are read by all of them, and by none anew.
-        with Progress(plan.data, plan.recipe.training, done, shown=progress) as shown:
+        with Live(_watched(plan, path, history), verbose) as shown:
 
             def on_record(record: dict[str, Any]) -> None:
                 if "evaluation_seconds" in record:
@@ -127,6 +182,7 @@ def launch(
             options = [
                 *(f"--allow-module={module}" for module in plan.modules),
                 *(f"--accept={place}" for place in accept),
+                *(f"--tracker={name}" for name in trackers),
             ]
             launch_processes(
                 ["train", str(recipe), f"--run-dir={path}", f"--resume={resume}", *options],
@@ -136,6 +192,7 @@ def launch(
                 on_record=on_record,
                 on_notice=shown.notice,
             )
+            shown.ending = folder.ending
     run = Run(path, folder.history, folder.ending)
     run.plan = plan.for_processes(1)
     return run

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from qwenft.run import Run
     from qwenft.specs.data import DataSpec
     from qwenft.specs.model import ModelSpec
+    from qwenft.trackers import Tracker
     from qwenft.training.engine import Prepared
     from qwenft.training.ranks import Ranks
 
@@ -282,7 +283,8 @@ class TrainingPlan:
         resume: str = "auto",
         *,
         accept: Sequence[str] = (),
-        progress: bool = True,
+        verbose: int = 2,
+        trackers: Sequence[str | Tracker] = (),
         on_step: Callable[[dict[str, Any]], Any] | None = None,
         on_evaluate: Callable[[dict[str, Any]], Any] | None = None,
         on_save: Callable[[Path], Any] | None = None,
@@ -299,7 +301,10 @@ class TrainingPlan:
             accept: what may differ from the run that is continued, by its place, such as
                 ``"recipe.training.learning_rate"``, ``"recipe.data"`` or ``"data"``: the rest of the run is then
                 trained with what is new. Anything else that differs is refused, and so is another optimizer.
-            progress: show a line of progress.
+            verbose: 0 shows notices alone, 1 a line of progress, 2 in a notebook a view with curves, memory and
+                answers, and elsewhere each evaluation above the line.
+            trackers: beside TensorBoard's files in the folder: "wandb", "mlflow", "trackio", objects of
+                ``qwenft.trackers`` with options, or of your own subclass of ``qf.Tracker``.
             on_step: called with the record of each step, as in ``metrics.jsonl``.
             on_evaluate: called with the record of each evaluation, and its answers under "samples".
             on_save: called with the folder of each checkpoint.
@@ -310,6 +315,7 @@ class TrainingPlan:
 
         Raises:
             PlanError: something blocks the run here.
+            BackendUnavailable: a tracker is not installed.
             DataError: the data are wrong.
             LeakError, ConformanceError: see :meth:`verify`.
             CheckpointError: the folder holds something else, another process trains there, no checkpoint is whole,
@@ -324,7 +330,8 @@ class TrainingPlan:
             Path(run_dir),
             resume=resume,
             accept=accept,
-            progress=progress,
+            verbose=verbose,
+            trackers=trackers,
             on_step=on_step,
             on_evaluate=on_evaluate,
             on_save=on_save,
@@ -339,7 +346,8 @@ class TrainingPlan:
         resume: str = "auto",
         accept: Sequence[str] = (),
         max_restarts: int = 0,
-        progress: bool = True,
+        verbose: int = 2,
+        trackers: Sequence[str] = (),
     ) -> Run:
         """Train in several processes on this machine; a notebook needs nothing else.
 
@@ -352,7 +360,8 @@ class TrainingPlan:
             resume: as for :meth:`train`.
             accept: as for :meth:`train`.
             max_restarts: how often all are started again after a failure; they go on from the last checkpoint.
-            progress: show a line of progress.
+            verbose: as for :meth:`train`.
+            trackers: as for :meth:`train`, by name.
 
         Returns:
             The run; its model is loaded into this process when it is first asked for something.
@@ -372,7 +381,8 @@ class TrainingPlan:
             resume=resume,
             accept=accept,
             max_restarts=max_restarts,
-            progress=progress,
+            verbose=verbose,
+            trackers=trackers,
         )
 
     def evaluate(self, prepared: Prepared, data: DataSpec | None = None) -> dict[str, float]:

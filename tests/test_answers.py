@@ -22,7 +22,7 @@ TICKETS = qf.DataSpec.messages(examination(ticket, 30)).with_max_length(512).pac
 def trained(adapter, folder):
     training = qf.TrainingSpec(max_steps=4, learning_rate=1e-2 if adapter.kind == "lora" else 1e-4)
     recipe = qf.Recipe(qf.ModelSpec(tiny_base(), dtype="float32"), TICKETS, adapter, training=training)
-    return recipe.compile().train(folder, progress=False)
+    return recipe.compile().train(folder, verbose=0)
 
 
 @pytest.fixture(scope="module")

@@ -85,5 +85,5 @@ def test_a_run_that_does_not_fit_is_not_begun(dense_checkpoint, needed, tmp_path
     monkeypatch.setattr(Machine, "detect", lambda: small)
     plan = recipe(dense_checkpoint).compile()
     with pytest.raises(qf.PlanError, match=r"before this can run[\s\S]*a step needs"):
-        plan.train(tmp_path / "run", progress=False)
+        plan.train(tmp_path / "run", verbose=0)
     assert not (tmp_path / "run").exists()

@@ -30,6 +30,37 @@ def test_notebook_runs_as_it_stands(path, tmp_path):
             assert any("image/png" in output.get("data", {}) for output in cell.outputs)
 
 
+WATCHED = """
+import qwenft as qf
+from qwenft.testing.skills import ticket, examination
+recipe = qf.Recipe(
+    qf.ModelSpec(qf.testing.tiny_base(), dtype="float32"),
+    qf.DataSpec.messages(examination(ticket, 40)).hold_out(0.2),
+    qf.AdapterSpec.lora(rank=4),
+    training=qf.TrainingSpec(max_steps=30, evaluate_every=15, sample_prompts=("<b>Who?</b>",), sample_tokens=4),
+)
+run = recipe.compile().train("run")
+"""
+LESS = 'run = recipe.compile().train("{0}", verbose={0})'
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_cell_that_trains_has_one_output(tmp_path):
+    """In a kernel the view is a single output that was drawn anew, HTML with a text twin; nothing else is written."""
+    sources = (WATCHED, LESS.format(1), LESS.format(0))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    view, line, nothing = (cell.outputs for cell in notebook.cells)
+    assert nothing == []
+    for outputs in (view, line):
+        (output,) = outputs
+        html, text = output["data"]["text/html"], output["data"]["text/plain"]
+        assert text.startswith("30/30 steps, ending finished, loss ")
+        assert ("<polyline" in html) == (outputs is view)
+        assert ("&lt;b&gt;Who?" in html) == (outputs is view)
+        assert len(html) < 60_000
+
+
 LONG_RUN = """
 import qwenft as qf
 checkpoint = qf.testing.tiny_checkpoint("tiny")
@@ -39,7 +70,7 @@ recipe = qf.Recipe(
     qf.DataSpec.messages(chats).with_max_length(64),
     training=qf.TrainingSpec(max_steps=100_000),
 )
-run = recipe.compile().train("run", progress=False)
+run = recipe.compile().train("run", verbose=0)
 """
 
 

@@ -19,7 +19,7 @@ LORA = qf.AdapterSpec.lora(rank=4)
 def run(dense_checkpoint, tmp_path_factory):
     """A short run with held-out data."""
     plan = recipe(dense_checkpoint, adapter=LORA, max_steps=3, held_out=0.2, keep_best=True).compile()
-    return plan.train(tmp_path_factory.mktemp("opened") / "run", progress=False)
+    return plan.train(tmp_path_factory.mktemp("opened") / "run", verbose=0)
 
 
 def test_a_finished_run_is_opened(run):
@@ -50,14 +50,14 @@ def test_a_run_is_opened_while_it_goes_on(dense_checkpoint, tmp_path):
         assert f"running at step {record['step']} of 4" in repr(opened)
 
     plan = recipe(dense_checkpoint, adapter=LORA, max_steps=4).compile()
-    plan.train(tmp_path / "run", progress=False, on_step=look)
+    plan.train(tmp_path / "run", verbose=0, on_step=look)
     assert seen == [(step, step, "running") for step in (1, 2, 3, 4)]
 
 
 def test_an_interrupted_run_says_so(dense_checkpoint, tmp_path):
     """Whatever ended it before its result was there, it is interrupted, and its checkpoint can be asked."""
     plan = recipe(dense_checkpoint, adapter=LORA, max_steps=4).compile()
-    plan.train(tmp_path / "run", progress=False, on_step=lambda _: signal.raise_signal(signal.SIGTERM))
+    plan.train(tmp_path / "run", verbose=0, on_step=lambda _: signal.raise_signal(signal.SIGTERM))
     opened = qf.open_run(tmp_path / "run")
     assert opened.ending == "interrupted"
     assert "interrupted at step 1 of 4" in repr(opened)

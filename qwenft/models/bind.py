@@ -8,19 +8,24 @@ behaves as stock: rows are documents, padding is masked, caches are honoured.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import Cache
-from transformers.models.qwen3_5 import modeling_qwen3_5 as dense
-from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from qwenft.kernels.layout import SequenceLayout
 from qwenft.kernels.made_again import made_again
 from qwenft.models.mtp import MultiTokenPrediction
+
+with warnings.catch_warnings():
+    # These import FLA where it is installed, which warns without a GPU; the plan says what is used instead.
+    warnings.filterwarnings("ignore", "Triton is not supported on current platform", UserWarning)
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as dense
+    from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
 
 if TYPE_CHECKING:
     from qwenft.capabilities import AttentionBackend, LinearAttentionBackend

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qwenft.display import bytes_text, html_bar, html_curve, html_table, html_view
+from qwenft.display import bytes_text, html_bar, html_chart, html_table, html_view
+from qwenft.reports.curves import Curves
 from qwenft.reports.text import COVERAGE, bar_parts, coverage_rows, facts, verdict_text
 
 if TYPE_CHECKING:
@@ -43,5 +44,4 @@ def render_run(run: Run) -> str:
     if run.best_step is not None:
         rows.append(("best step", f"{run.best_step:,}"))
     rows += [("notice", notice) for notice in run.notices[-_NOTICES:]]
-    curve = html_curve([(record["step"], record["loss"]) for record in steps], "loss")
-    return html_view("Run", curve, html_table((), rows))
+    return html_view("Run", html_chart(*Curves(run.history).loss), html_table((), rows))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from io import BytesIO
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
 from qwenft.errors import SpecError, nearest
+from qwenft.reports.curves import smoothed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from qwenft.training_plan import TrainingPlan
 
     Panels = Mapping[str, Callable[[Any, Any], None]]
-
-#: How much of the smoothed loss is kept at each step.
-_KEPT = 0.95
 
 
 class NotebookFigure(Figure):  # type: ignore[misc] # matplotlib has no types here
@@ -92,12 +89,6 @@ def plot_runs(runs: Mapping[str, Run]) -> Any:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return figure
-
-
-def smoothed(values: Sequence[float]) -> list[float]:
-    """An exponential mean of the values so far, in which the first ones weigh no more than others."""
-    sums = accumulate(values, lambda so_far, value: _KEPT * so_far + (1 - _KEPT) * value, initial=0.0)
-    return [total / (1 - _KEPT**count) for count, total in enumerate(sums) if count]
 
 
 def _of(run: Run, name: str) -> tuple[list[int], list[Any]]:

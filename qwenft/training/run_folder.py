@@ -231,6 +231,19 @@ class RunFolder:
         """Keep what the user is told."""
         self.append(self.notices.name, {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "notice": sentence})
 
+    @property
+    def trackers(self) -> dict[str, str]:
+        """By what the trackers of the run know it, by their names.
+
+        Raises:
+            DamagedError: the file that says so is no JSON object.
+        """
+        path = self.path / "trackers.json"
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        except (ValueError, TypeError) as error:
+            raise DamagedError(f"{path} is damaged: {error}", fix="remove this file", path=path) from None
+
     def lines(self, name: str) -> list[dict[str, Any]]:
         """The JSON objects of a file, none where it is not there; a last line that was cut by a crash is none.
 

@@ -97,7 +97,7 @@ def test_an_adapter_of_peft_is_trained_on(foreign, tmp_path):
     prepared.model.eval()
     with torch.no_grad():
         assert relative(before, prepared.logits(batch)) < 1e-5
-    run = plan.train(tmp_path / "run", progress=False)
+    run = plan.train(tmp_path / "run", verbose=0)
     run.prepared.model.eval()
     with torch.no_grad():
         mine = run.prepared.logits(batch)
@@ -136,12 +136,12 @@ def test_the_plan_of_a_loaded_adapter_says_what_it_reaches(foreign):
 
 def test_a_run_goes_on_from_its_own_adapter_on_a_base_in_few_bits(dense_checkpoint, tmp_path):
     """An adapter of 16-bit weights is trained on beside nf4; resumed, it refuses another adapter in its place."""
-    first = recipe(dense_checkpoint, qf.AdapterSpec.lora(rank=4)).compile().train(tmp_path / "a", progress=False)
+    first = recipe(dense_checkpoint, qf.AdapterSpec.lora(rank=4)).compile().train(tmp_path / "a", verbose=0)
     folder = tmp_path / "adapter"
     shutil.copytree(first.adapter_path, folder)
     model = qf.ModelSpec(dense_checkpoint, dtype="float32").quantize("nf4")
     plan = recipe(dense_checkpoint, qf.AdapterSpec.load(folder), model).compile()
-    run = plan.train(tmp_path / "b", progress=False)
+    run = plan.train(tmp_path / "b", verbose=0)
     was, now = (load_file(path / TENSORS) for path in (folder, run.adapter_path))
     assert was.keys() == now.keys()
     assert any(not torch.equal(was[name], now[name]) for name in was)
@@ -155,7 +155,7 @@ def test_a_run_goes_on_from_its_own_adapter_on_a_base_in_few_bits(dense_checkpoi
 def test_several_adapters_one_active(dense_checkpoint, tmp_path):
     """A further adapter answers as it would alone, and leaves the trained one as it was."""
     runs = [
-        recipe(dense_checkpoint, adapter, learning_rate=rate).compile().train(tmp_path / name, progress=False)
+        recipe(dense_checkpoint, adapter, learning_rate=rate).compile().train(tmp_path / name, verbose=0)
         for name, adapter, rate in (
             ("a", qf.AdapterSpec.lora(rank=4).train_fully("norms"), 1e-2),
             ("b", qf.AdapterSpec.lora(rank=2, initialization="pissa").on("mlp").train_tokens(7), 5e-2),
@@ -193,7 +193,7 @@ def test_the_base_answers_as_it_did_where_a_pair_was_taken_out(dense_checkpoint,
     """With its adapter off, a model whose initial pairs were taken out of the weights is the base."""
     base = recipe(dense_checkpoint, qf.AdapterSpec.lora(rank=4)).compile().prepare()
     taken = recipe(dense_checkpoint, qf.AdapterSpec.lora(rank=4, initialization="pissa")).compile()
-    run = taken.train(tmp_path / "run", progress=False)
+    run = taken.train(tmp_path / "run", verbose=0)
     batch = next(base.batches())[0]
     with torch.no_grad(), run.prepared.model.eval().disable_adapter(), base.model.eval().disable_adapter():
         assert relative(base.logits(batch), run.prepared.logits(batch)) < 1e-5
@@ -202,7 +202,7 @@ def test_the_base_answers_as_it_did_where_a_pair_was_taken_out(dense_checkpoint,
 @pytest.mark.usefixtures("without_fla")
 def test_names_of_the_text_half_alone(dense_checkpoint, tmp_path):
     """An adapter under these names gives the run's logits beside ...ForCausalLM, where the others load as nothing."""
-    run = recipe(dense_checkpoint, qf.AdapterSpec.lora(rank=4)).compile().train(tmp_path / "run", progress=False)
+    run = recipe(dense_checkpoint, qf.AdapterSpec.lora(rank=4)).compile().train(tmp_path / "run", verbose=0)
     path = run.save_adapter(tmp_path / "text", text_only_names=True)
     batch = next(run.prepared.batches())[0]
     run.prepared.model.eval()
@@ -371,7 +371,7 @@ def test_a_base_in_few_bits_is_not_merged_into(dense_checkpoint, tmp_path):
     spec = qf.ModelSpec(dense_checkpoint, dtype="float32").quantize("nf4")
     plan = recipe(dense_checkpoint, qf.AdapterSpec.lora(rank=4), spec).compile()
     copy = plan.save_quantized(tmp_path / "copy")
-    run = plan.train(tmp_path / "run", progress=False)
+    run = plan.train(tmp_path / "run", verbose=0)
     with pytest.raises(qf.CheckpointError, match="no weights of 16 bits to merge into"):
         qf.merge_adapter(run.adapter_path, tmp_path / "merged", model=copy)
     report = json.loads((qf.merge_adapter(run.adapter_path, tmp_path / "merged") / "export.json").read_text())

@@ -107,7 +107,7 @@ def test_what_is_saved_works_in_a_fresh_process(kind_of_model, tmp_path):
                 lora_plus_ratio=4.0 if kind == "lora+" else 1.0,
             ),
         )
-        run = recipe.compile().train(tmp_path / kind, progress=False)
+        run = recipe.compile().train(tmp_path / kind, verbose=0)
         batch = next(run.prepared.batches())[0]
         documents = [ids.tolist() for ids in batch.input_ids.split(batch.layout.lengths)]
         run.prepared.model.eval()

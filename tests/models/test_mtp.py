@@ -187,7 +187,7 @@ def test_training_lowers_its_loss(checkpoint, tmp_path, roles):
     """In bfloat16 and many steps the loss falls; alone, every other weight stays as it was to the bit."""
     adapter = MTP.on(*roles) if roles else MTP
     asked = recipe(checkpoint, adapter=adapter, max_steps=40, learning_rate=5e-3, dtype="bfloat16")
-    run = asked.compile().train(tmp_path / "run", progress=False)
+    run = asked.compile().train(tmp_path / "run", verbose=0)
     losses = [record["mtp_loss"] for record in run.history if record["step"]]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
     before = load_model(checkpoint, run.plan.architecture, storage=Storage("bfloat16"))
@@ -204,7 +204,7 @@ def test_an_export_has_the_layer_as_it_was_trained(checkpoint, tmp_path):
     of_layer = {name for name in source if name.startswith("mtp.")}
     for adapter in (MTP, qf.AdapterSpec.full()):
         folder = tmp_path / str(adapter.mtp_weight)
-        run = recipe(checkpoint, adapter=adapter, max_steps=2).compile().train(folder / "run", progress=False)
+        run = recipe(checkpoint, adapter=adapter, max_steps=2).compile().train(folder / "run", verbose=0)
         exported = files_of(run.export(folder / "merged"))
         assert exported.keys() == source.keys()
         assert all((t.shape, t.dtype) == (source[n].shape, source[n].dtype) for n, t in exported.items())

@@ -62,7 +62,7 @@ def trained(checkpoint, kind, folder, **options):
             training=qf.TrainingSpec(learning_rate=1e-2, max_steps=3, warmup_ratio=0.0),
         )
         .compile()
-        .train(folder, progress=False, **options)
+        .train(folder, verbose=0, **options)
     )
 
 

@@ -67,9 +67,7 @@ ALWAYS = ("nf4", "nf4-dora", "int8", "nf4-experts", "int8-experts", "tower")
 )
 def run(request, checkpoints, tmp_path_factory):
     """A short run of each kind, in float32."""
-    return plan_of(request.param, checkpoints).train(
-        tmp_path_factory.mktemp(request.param) / "run", progress=False
-    )
+    return plan_of(request.param, checkpoints).train(tmp_path_factory.mktemp(request.param) / "run", verbose=0)
 
 
 def logits(run, model):
@@ -222,7 +220,7 @@ def test_a_run_from_a_quantized_copy_is_the_same(checkpoints, tmp_path):
     """Without the original: losses equal to the bit; exported with dequantized weights, or not at all."""
     plan = plan_of("nf4-experts", checkpoints)
     copied = plan.recipe.with_model(plan.save_quantized(tmp_path / "copy")).compile()
-    runs = [p.train(tmp_path / name, progress=False) for name, p in (("of", plan), ("from", copied))]
+    runs = [p.train(tmp_path / name, verbose=0) for name, p in (("of", plan), ("from", copied))]
     losses = [[record["loss"] for record in run.history if "loss" in record] for run in runs]
     assert losses[0] == losses[1]
     with pytest.raises(qf.CheckpointError, match=r"(?s)no weights of 16 bits to merge into.*dequantized"):

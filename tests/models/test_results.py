@@ -126,7 +126,7 @@ def run(request, sources, tmp_path_factory):
         adapter,
         training=qf.TrainingSpec(learning_rate=1e-2, epochs=3, warmup_ratio=0.0),
     )
-    return recipe.compile().train(tmp_path_factory.mktemp(request.param) / "run", progress=False)
+    return recipe.compile().train(tmp_path_factory.mktemp(request.param) / "run", verbose=0)
 
 
 def _logits(run, model):

@@ -193,7 +193,7 @@ def test_no_run_starts_with_a_backend_that_leaks(dense_checkpoint, tmp_path, bac
     slot = "full" if isinstance(backend, qf.AttentionBackend) else "linear"
     plan = recipe(dense_checkpoint, **{slot: backend}).compile()
     with pytest.raises(LeakError):
-        plan.train(tmp_path / "run", progress=False)
+        plan.train(tmp_path / "run", verbose=0)
     assert not (tmp_path / "run").exists()
     with pytest.raises(LeakError):
         plan.prepare()
@@ -205,7 +205,7 @@ def test_a_run_keeps_its_proof(dense_checkpoint, tmp_path):
     assert not plan.is_verified
     proof = plan.verify()
     assert plan.verify() is proof
-    plan.train(tmp_path / "run", progress=False)
+    plan.train(tmp_path / "run", verbose=0)
     saved = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert saved["verified"] == repr(proof).splitlines()
     assert [line.split(":")[0] for line in saved["verified"]] == ["attention.full", "attention.linear"]

@@ -245,7 +245,7 @@ def test_a_run_on_images_from_its_first_step_to_its_answer(checkpoint, folder, t
     data = plan.recipe.data.with_max_length(100)
     plan = plan.recipe.with_data(data).with_training(epochs=2, tokens_per_step=100).compile()
     assert "of 8 images" in (plan.data and plan.explain())
-    run = plan.train(tmp_path / "run", progress=False)
+    run = plan.train(tmp_path / "run", verbose=0)
     losses = [record["loss"] for record in run.history]
     assert losses[-1] < losses[0]
     found = run.evaluate(plan.recipe.data)

@@ -18,7 +18,7 @@ LORA = qf.AdapterSpec.lora(rank=4)
 def run(moe_checkpoint, tmp_path_factory):
     """A run of a mixture of experts with held-out data."""
     asked = recipe(moe_checkpoint, adapter=LORA, max_steps=6, held_out=0.2, evaluate_every=2)
-    return asked.compile().train(tmp_path_factory.mktemp("plots") / "run", progress=False)
+    return asked.compile().train(tmp_path_factory.mktemp("plots") / "run", verbose=0)
 
 
 def lines(figure):
@@ -58,7 +58,7 @@ def test_a_panel_that_there_is_not(run, dense_checkpoint, tmp_path):
     """It is refused with the nearest; of a dense model there are no experts to draw."""
     with pytest.raises(qf.SpecError, match=r"plot\('los'\): expected one of loss, .*; did you mean 'loss'"):
         run.plot("los")
-    dense = recipe(dense_checkpoint, adapter=LORA, max_steps=1).compile().train(tmp_path / "run", progress=False)
+    dense = recipe(dense_checkpoint, adapter=LORA, max_steps=1).compile().train(tmp_path / "run", verbose=0)
     with pytest.raises(qf.SpecError, match="the model has no routed experts"):
         dense.plot("experts")
     assert [line[-1][0] for line in lines(run.compare(dense))[0][::2]] == [6, 1]

@@ -6,7 +6,7 @@ import attrs
 import pytest
 
 import qwenft as qf
-from qwenft.display import html_curve
+from qwenft.display import Line, html_chart
 
 from ..training.helpers import recipe  # noqa: TID252 - as the tests beside it
 from .test_html import SCRIPT, Reader
@@ -19,7 +19,7 @@ def views(dense_checkpoint, tmp_path_factory):
         dense_checkpoint, adapter=qf.AdapterSpec.lora(rank=4), max_steps=3, held_out=0.2, keep_best=True
     )
     plan = asked.with_training(sample_prompts=(SCRIPT,)).compile()
-    run = plan.train(tmp_path_factory.mktemp("views") / "<b>run", progress=False)
+    run = plan.train(tmp_path_factory.mktemp("views") / "<b>run", verbose=0)
     machine = attrs.evolve(qf.Machine.named("8xH100-80GB"), name=SCRIPT)
     values = {
         "model": qf.ModelSpec(SCRIPT).quantize("nf4"),
@@ -71,7 +71,21 @@ def test_a_view_is_whole_escaped_and_loads_nothing(views, name):
     reader = Reader()
     reader.feed(html)
     assert reader.opened == []
-    assert reader.seen <= {"div", "strong", "span", "table", "thead", "tbody", "tr", "th", "td", "svg", "polyline"}
+    assert reader.seen <= {
+        "div",
+        "strong",
+        "span",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "svg",
+        "polyline",
+        "circle",
+        "text",
+    }
     assert text.strip()
     assert len(text) < 6000
 
@@ -104,9 +118,11 @@ def test_what_a_view_says(views):
         assert words[0] in text, name
 
 
-def test_a_curve_is_of_finite_points():
-    """A curve of one point or of none is nothing, and what is not finite is no point of it."""
-    assert html_curve([], "loss") == ""
-    assert html_curve([(1, 2.0), (2, float("nan"))], "loss") == ""
-    assert 'aria-label="loss from 2 to 1"' in html_curve([(1, 2.0), (2, float("inf")), (3, 1.0)], "loss")
-    assert html_curve([(step, 1.0) for step in range(5000)], "loss").count(",") < 500
+def test_a_chart_is_of_finite_points():
+    """A line of one point or of none is nothing, but for dots, and what is not finite is no point of it."""
+    assert html_chart(Line("loss", [])) == ""
+    assert html_chart(Line("loss", [(1, 2.0), (2, float("nan"))])) == ""
+    chart = html_chart(Line("loss", [(1, 2.0), (2, float("inf")), (3, 1.0)]), Line("held", [(2, 1.5)], "dots", 1))
+    assert 'aria-label="loss from 2 to 1; held from 1.5 to 1.5"' in chart
+    assert chart.count("<circle") == 1
+    assert 'points="0.0,0.0 680.0,120.0"' in chart

@@ -130,7 +130,7 @@ def test_an_adapter_that_is_none_is_not_put_beside_a_run(adapter, dense_checkpoi
     run = (
         qf.Recipe(model, qf.DataSpec.messages(rows), training=qf.TrainingSpec(max_steps=1))
         .compile()
-        .train(tmp_path / "run", progress=False)
+        .train(tmp_path / "run", verbose=0)
     )
     before = list(run.prepared.model.peft_config)
     pickle_alone(adapter)

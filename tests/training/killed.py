@@ -25,7 +25,7 @@ def begun(plan, folder):
     if process == 0:
         code = 1
         try:
-            plan.train(folder, progress=False)
+            plan.train(folder, verbose=0)
             code = 0
         finally:
             os._exit(code)

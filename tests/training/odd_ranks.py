@@ -45,9 +45,7 @@ def main(folder):
         "versions": raised(other_versions),
         "hidden file": raised(lambda: others.together(recipe.with_data(hidden).compile)),
         "few documents": raised(lambda: recipe.with_data(few).compile().train(folder / "few")),
-        "other data": raised(
-            lambda: recipe.with_training(seed=RANK).compile().train(folder / "other", progress=False)
-        ),
+        "other data": raised(lambda: recipe.with_training(seed=RANK).compile().train(folder / "other", verbose=0)),
     }
     (folder / f"raised.{RANK}.json").write_text(json.dumps(found))
     others.leave()

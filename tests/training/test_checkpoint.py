@@ -172,7 +172,7 @@ def full_disk():
 def test_a_full_disk_leaves_earlier_checkpoints_whole(dense_checkpoint, tmp_path, full_disk, failed_save):
     """A save that fails ends the run if asked or if it is the last; those before are whole, and the run goes on."""
     plan = recipe(dense_checkpoint, max_steps=6, save_every=2, failed_save=failed_save).compile()
-    whole = plan.train(tmp_path / "whole", progress=False)
+    whole = plan.train(tmp_path / "whole", verbose=0)
 
     def fill(record):
         if record["step"] == 3:
@@ -180,13 +180,13 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(dense_checkpoint, tmp_path
 
     step = {"stop": 4, "continue": 6}[failed_save]
     with pytest.raises(qf.CheckpointError, match=rf"step-{step}: cannot be written: .*File too large") as caught:
-        plan.train(tmp_path / "run", progress=False, on_step=fill)
+        plan.train(tmp_path / "run", verbose=0, on_step=fill)
     assert caught.value.fix.endswith(f"it continues from {tmp_path}/run/checkpoints/step-2")
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"latest", "step-2"}
     notices = [line["notice"] for line in map(json.loads, read_lines(tmp_path / "run" / "notices.jsonl"))]
     assert [notice.partition(":")[0] for notice in notices] == ["a checkpoint is missing"] * (step == 6)
-    run = plan.train(tmp_path / "run", "must", progress=False)
+    run = plan.train(tmp_path / "run", "must", verbose=0)
     assert [record["loss"] for record in run.history] == [record["loss"] for record in whole.history]
     assert all(map(torch.equal, run.prepared.model.parameters(), whole.prepared.model.parameters()))
 
@@ -206,7 +206,7 @@ def test_a_save_that_fails_once_costs_one_checkpoint(dense_checkpoint, tmp_path,
         if record["step"] == 5:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-    run = plan.train(tmp_path / "run", progress=False, on_step=fill)
+    run = plan.train(tmp_path / "run", verbose=0, on_step=fill)
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"latest", "step-2", "step-6"}
     (notice,) = run.notices
     assert "step-4: cannot be written" in notice
@@ -226,11 +226,11 @@ def test_a_full_disk_at_the_end_loses_no_step(dense_checkpoint, tmp_path, full_d
     """Where the result cannot be written every step is in the last checkpoint, and the same call writes it later."""
     plan = recipe(dense_checkpoint, max_steps=2).compile()
     with pytest.raises(qf.CheckpointError, match=r"model: cannot be written") as caught:
-        plan.train(tmp_path / "run", progress=False, on_save=lambda path: path.name == "step-2" and full_disk())
+        plan.train(tmp_path / "run", verbose=0, on_save=lambda path: path.name == "step-2" and full_disk())
     assert caught.value.fix.endswith(f"every step is in {tmp_path}/run/checkpoints")
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert not (tmp_path / "run" / "model").exists()
-    plan.train(tmp_path / "run", "must", progress=False, on_step=pytest.fail)
+    plan.train(tmp_path / "run", "must", verbose=0, on_step=pytest.fail)
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
@@ -239,7 +239,7 @@ def test_the_newest_checkpoints_are_kept(dense_checkpoint, tmp_path, keep):
     """As many as the recipe says stay on disk, the newest."""
     saved = []
     plan = recipe(dense_checkpoint, max_steps=7, save_every=2, keep_checkpoints=keep).compile()
-    plan.train(tmp_path / "run", progress=False, on_save=lambda path: saved.append(path.name))
+    plan.train(tmp_path / "run", verbose=0, on_save=lambda path: saved.append(path.name))
     assert saved == ["step-2", "step-4", "step-6", "step-7"]
     kept = {path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")}
     assert kept == set(saved[-keep:])
@@ -249,18 +249,18 @@ def test_without_an_interval_a_tenth_of_the_run_is_lost_at_most(dense_checkpoint
     """A recipe that says nothing saves ten times and at the end."""
     saved = []
     plan = recipe(dense_checkpoint, max_steps=23).compile()
-    plan.train(tmp_path / "run", progress=False, on_save=lambda path: saved.append(path.name))
+    plan.train(tmp_path / "run", verbose=0, on_save=lambda path: saved.append(path.name))
     assert saved == [f"step-{step}" for step in (*range(2, 23, 2), 23)]
 
 
 def test_a_newest_checkpoint_that_is_damaged(dense_checkpoint, tmp_path):
     """A run goes on from the newest that is whole, to the bit, and says so; what is damaged is kept apart."""
     plan = recipe(dense_checkpoint, max_steps=4, save_every=1, keep_checkpoints=3).compile()
-    whole = plan.train(tmp_path / "run", progress=False)
+    whole = plan.train(tmp_path / "run", verbose=0)
     folder = tmp_path / "run" / "checkpoints"
     cut(folder / "step-4" / "model.safetensors")
     (folder / "step-3" / "manifest.json").unlink()
-    run = plan.train(tmp_path / "run", progress=False)
+    run = plan.train(tmp_path / "run", verbose=0)
     assert [notice.partition(": ")[2] for notice in run.notices] != []
     newest, next_one = run.notices
     assert "step-4/model.safetensors: is damaged: expected bytes" in newest
@@ -281,12 +281,12 @@ def test_a_newest_checkpoint_that_is_damaged(dense_checkpoint, tmp_path):
 def test_a_run_without_a_whole_checkpoint(dense_checkpoint, tmp_path):
     """It neither begins anew nor loses what is there, and every damage is told."""
     plan = recipe(dense_checkpoint, max_steps=2, save_every=1).compile()
-    plan.train(tmp_path / "run", progress=False)
+    plan.train(tmp_path / "run", verbose=0)
     folder = tmp_path / "run" / "checkpoints"
     for path in folder.glob("step-*"):
         flip(path / "model.safetensors")
     with pytest.raises(qf.DamagedError, match=r"no checkpoint of .*run is whole:\n.*step-2.*\n.*step-1") as caught:
-        plan.train(tmp_path / "run", progress=False)
+        plan.train(tmp_path / "run", verbose=0)
     assert 'another folder, "' in caught.value.fix
     assert {path.name for path in folder.iterdir()} == {"latest", "step-1", "step-2"}
 

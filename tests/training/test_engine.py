@@ -198,7 +198,7 @@ def test_compiled_kernels_train_alike_and_say_what_compiling_took(dense_checkpoi
     eager, compiled = (
         recipe(dense_checkpoint, max_steps=3, compile_elementwise=asked)
         .compile()
-        .train(tmp_path / str(asked), progress=False)
+        .train(tmp_path / str(asked), verbose=0)
         for asked in (False, True)
     )
     for wanted, got in zip(eager.history, compiled.history, strict=True):
@@ -240,7 +240,7 @@ def test_a_backend_of_a_notebook_trains(dense_checkpoint, tmp_path):
 
     plan = recipe(dense_checkpoint, max_steps=1).with_attention(full=Mine()).compile()
     assert "no recipe.json" in plan.explain()
-    plan.train(tmp_path / "run", progress=False)
+    plan.train(tmp_path / "run", verbose=0)
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert "recipe.json" not in names
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["attention"]["full"] == "mine"
@@ -259,7 +259,7 @@ def test_weights_reach_the_loss(dense_checkpoint):
 def test_a_loop_of_ones_own_gives_what_train_gives(dense_checkpoint, tmp_path):
     """A script that calls batches and step itself ends with the weights of train(), to the bit."""
     plan = recipe(dense_checkpoint, epochs=2).compile()
-    run = plan.train(tmp_path / "run", progress=False)
+    run = plan.train(tmp_path / "run", verbose=0)
     prepared = plan.prepare()
     losses = [prepared.step(batches).loss for epoch in range(2) for batches in prepared.batches(epoch)]
     assert losses == [record["loss"] for record in run.history if "loss" in record]
@@ -284,7 +284,7 @@ def test_clipping_limits_the_update(dense_checkpoint):
 def test_learning_rate_warms_up_and_falls(dense_checkpoint, tmp_path):
     """Metrics hold the learning rate of each step: up to the peak, then down by the cosine."""
     plan = recipe(dense_checkpoint, max_steps=20, warmup_ratio=0.2).compile()
-    run = plan.train(tmp_path / "run", progress=False)
+    run = plan.train(tmp_path / "run", verbose=0)
     rates = [record["learning_rate"] for record in run.history if "loss" in record]
     assert len(rates) == 20
     assert rates[:4] == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4])
@@ -297,7 +297,7 @@ def test_metrics_hold_a_line_a_step_and_the_held_out_losses(dense_checkpoint, tm
     """metrics.jsonl is the history; held-out data are evaluated before, at intervals, and after."""
     data = qf.DataSpec.messages(chats()).with_max_length(128).pack().hold_out(0.2)
     plan = recipe(dense_checkpoint, max_steps=5, evaluate_every=2).with_data(data).compile()
-    run = plan.train(tmp_path / "run", progress=False)
+    run = plan.train(tmp_path / "run", verbose=0)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines == run.history
     assert [step for step, _ in run.held_out_losses] == [0, 2, 4, 5]
@@ -313,7 +313,7 @@ def test_metrics_hold_a_line_a_step_and_the_held_out_losses(dense_checkpoint, tm
 def test_full_fine_tuning_overfits_and_answers(dense_checkpoint, tmp_path):
     """A tiny model learns 20 chats to a loss below 0.1 and then writes their answers."""
     plan = recipe(dense_checkpoint, epochs=60, learning_rate=4e-3, activation_checkpointing=False).compile()
-    run = plan.train(tmp_path / "run", progress=False)
+    run = plan.train(tmp_path / "run", verbose=0)
     assert run.history[-1]["loss"] < 0.1
     for chat in chats()[:5]:
         question, answer = (message["content"] for message in chat["messages"])
@@ -323,7 +323,7 @@ def test_full_fine_tuning_overfits_and_answers(dense_checkpoint, tmp_path):
 def test_bfloat16_base_trains_a_float32_adapter(dense_checkpoint, tmp_path):
     """With weights stored in bfloat16 a LoRA learns."""
     plan = recipe(dense_checkpoint, epochs=8, learning_rate=1e-2).with_model(dtype="bfloat16")
-    run = plan.with_adapter(qf.AdapterSpec.lora(rank=8)).compile().train(tmp_path / "run", progress=False)
+    run = plan.with_adapter(qf.AdapterSpec.lora(rank=8)).compile().train(tmp_path / "run", verbose=0)
     steps = [record["loss"] for record in run.history]
     assert steps[-1] < 0.7 * steps[0]
 
@@ -333,7 +333,7 @@ def test_a_run_folder_that_holds_something_is_refused(dense_checkpoint, tmp_path
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine").write_text("mine")
     with pytest.raises(qf.CheckpointError, match="exists already"):
-        recipe(dense_checkpoint).compile().train(tmp_path / "run", progress=False)
+        recipe(dense_checkpoint).compile().train(tmp_path / "run", verbose=0)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine"]
 
 
@@ -341,7 +341,7 @@ def test_an_unwritable_run_folder_is_refused(dense_checkpoint, tmp_path):
     """A run folder below a file cannot be made, and is an error of the root family."""
     (tmp_path / "file").write_text("")
     with pytest.raises(qf.CheckpointError, match="cannot be written"):
-        recipe(dense_checkpoint).compile().train(tmp_path / "file" / "run", progress=False)
+        recipe(dense_checkpoint).compile().train(tmp_path / "file" / "run", verbose=0)
 
 
 def test_damaged_weights_leave_no_run_folder(dense_checkpoint, tmp_path):
@@ -350,7 +350,7 @@ def test_damaged_weights_leave_no_run_folder(dense_checkpoint, tmp_path):
     file = tmp_path / "copy" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(qf.CheckpointError, match="damaged"):
-        recipe(tmp_path / "copy").compile().train(tmp_path / "run", progress=False)
+        recipe(tmp_path / "copy").compile().train(tmp_path / "run", verbose=0)
     assert not (tmp_path / "run").exists()
 
 
@@ -361,7 +361,7 @@ def test_wrong_data_stops_before_any_weight_is_read(dense_checkpoint, tmp_path, 
     monkeypatch.setattr("qwenft.training.prepare.load_model", lambda *_, **__: pytest.fail("weights were read"))
     plan = recipe(dense_checkpoint).with_data(qf.DataSpec.messages(tmp_path / "chats.jsonl")).compile()
     with pytest.raises(qf.DataError, match=r"row 21: .*narrator"):
-        plan.train(tmp_path / "run", progress=False)
+        plan.train(tmp_path / "run", verbose=0)
     assert not (tmp_path / "run").exists()
 
 

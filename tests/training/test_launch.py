@@ -52,7 +52,7 @@ def alone(dense_checkpoint, tmp_path_factory):
     """The run of one process."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     single = evaluated(dense_checkpoint).with_parallel(qf.ParallelSpec.single())
-    return single.compile().train(folder, progress=False)
+    return single.compile().train(folder, verbose=0)
 
 
 def test_a_notebook_starts_all_processes(dense_checkpoint, alone, tmp_path):
@@ -86,8 +86,8 @@ def test_the_best_weights_are_left(dense_checkpoint, tmp_path):
     noise = "ZQXJ KVWY #@% ZZ QQ XJ KK WV YY ~~ && ^^ ||"
     unlearned = [{"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": noise}]}]
     recipe = recipe.with_data(recipe.data.hold_out(qf.DataSpec.messages(unlearned)))
-    alone = recipe.with_parallel(qf.ParallelSpec.single()).compile().train(tmp_path / "alone", progress=False)
-    run = recipe.compile().launch(tmp_path / "run", processes=2, progress=False)
+    alone = recipe.with_parallel(qf.ParallelSpec.single()).compile().train(tmp_path / "alone", verbose=0)
+    run = recipe.compile().launch(tmp_path / "run", processes=2, verbose=0)
     assert run.best_step == alone.best_step < 8
     expected, found = (load_file(done.adapter_path / "adapter_model.safetensors") for done in (alone, run))
     assert found.keys() == expected.keys()
@@ -99,7 +99,7 @@ def test_a_failure_is_shown_with_its_traceback(dense_checkpoint, tmp_path):
     """The error is of the process that failed, and not of one that waited for it."""
     plan = shared(dense_checkpoint).with_training(loss=failing).compile()
     with pytest.raises(qf.RankError, match=r"rank 1: ZeroDivisionError: no more of this") as caught:
-        plan.launch(tmp_path / "run", processes=2, progress=False)
+        plan.launch(tmp_path / "run", processes=2, verbose=0)
     assert caught.value.rank == 1
     assert "faults.py" in caught.value.traceback
     assert "goes on from the last checkpoint" in caught.value.fix
@@ -111,7 +111,7 @@ def test_killed_processes_are_started_again(dense_checkpoint, alone, tmp_path, m
     (tmp_path / "dying").write_text(json.dumps(kills))
     monkeypatch.setenv("DYING", str(tmp_path / "dying"))
     plan = shared(dense_checkpoint).with_training(loss=dying).compile()
-    run = plan.launch(tmp_path / "run", processes=2, resume="never", max_restarts=2, progress=False)
+    run = plan.launch(tmp_path / "run", processes=2, resume="never", max_restarts=2, verbose=0)
     assert run.ending == "finished"
     assert json.loads((tmp_path / "dying").read_text()) == []
     assert losses(tmp_path / "run") == pytest.approx(losses(alone.folder), abs=1e-5)
@@ -128,7 +128,7 @@ def test_a_process_that_the_others_wait_for_is_named(dense_checkpoint, tmp_path,
     """While it holds them up, the user is told which one it is; when it goes on, so does the run."""
     monkeypatch.setenv("STALLS", how)
     plan = shared(dense_checkpoint).with_training(loss=stalling, max_steps=4).compile()
-    run = plan.launch(tmp_path / "run", processes=2, progress=False)
+    run = plan.launch(tmp_path / "run", processes=2, verbose=0)
     assert run.ending == "finished"
     (notice,) = run.notices
     assert re.fullmatch(rf"step 1 has taken \d+ s so far: {told}.*", notice)
@@ -137,7 +137,7 @@ def test_a_process_that_the_others_wait_for_is_named(dense_checkpoint, tmp_path,
 def test_a_step_that_is_not_finite_in_one_process_is_left_out_by_all(dense_checkpoint, tmp_path):
     """Documents and layer come from the process that has them, and the run goes on to its end."""
     options = {"loss": poisoned, "non_finite": "skip", "evaluate_every": None, "max_steps": 8}
-    run = shared(dense_checkpoint, **options).compile().launch(tmp_path / "run", processes=2, progress=False)
+    run = shared(dense_checkpoint, **options).compile().launch(tmp_path / "run", processes=2, verbose=0)
     assert run.ending == "finished"
     left_out = [record for record in run.history if "skipped" in record]
     assert left_out
@@ -179,7 +179,7 @@ def test_a_killed_process_ends_the_others(dense_checkpoint, tmp_path, monkeypatc
     monkeypatch.setenv("DYING", str(tmp_path / "dying"))
     plan = shared(dense_checkpoint).with_training(loss=dying).compile()
     with pytest.raises(qf.RankError, match=r"rank 1 was ended by SIGKILL, and the others with it"):
-        plan.launch(tmp_path / "run", processes=2, progress=False)
+        plan.launch(tmp_path / "run", processes=2, verbose=0)
     assert time.time() - (tmp_path / "dying").stat().st_mtime < 60
 
 
@@ -230,7 +230,7 @@ def test_a_run_goes_on_with_fewer_processes(dense_checkpoint, alone, tmp_path, b
             started.process.send_signal(signal.SIGTERM)
             started.end()
             assert max(losses(tmp_path / "run")) < 8
-    recipe.compile().train(tmp_path / "run", progress=False)
+    recipe.compile().train(tmp_path / "run", verbose=0)
     assert losses(tmp_path / "run") == pytest.approx(losses(alone.folder), abs=1e-5)
 
 

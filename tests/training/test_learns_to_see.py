@@ -106,7 +106,7 @@ def test_colours_and_shapes_are_named(colours, shapes, steps, wanted, tmp_path):
             activation_checkpointing=False,
         ).with_learning_rate(vision=4e-4),
     )
-    run = recipe.compile().train(tmp_path / "run", progress=False)
+    run = recipe.compile().train(tmp_path / "run", verbose=0)
     asked, truths = pictures(tmp_path / "unseen", kinds, 100, seed=99)
     answers = []
     for row in asked:

@@ -60,7 +60,7 @@ def test_evaluation_at_intervals_changes_no_step(dense_checkpoint, tmp_path):
     plain = recipe(dense_checkpoint, **options).with_data(data)
     watched = plain.with_data(data.hold_out(other)).with_training(evaluate_every=2, sample_prompts=("Hi",))
     runs = [
-        asked.compile().train(tmp_path / name, progress=False)
+        asked.compile().train(tmp_path / name, verbose=0)
         for name, asked in {"plain": plain, "watched": watched}.items()
     ]
     losses = [[record["loss"] for record in run.history if "loss" in record] for run in runs]
@@ -77,7 +77,7 @@ def test_samples_are_answered_at_every_evaluation(dense_checkpoint, tmp_path):
     heard = []
     prompts = ("What follows one and two?", "Hi")
     plan = recipe(dense_checkpoint, max_steps=4, evaluate_every=2, sample_prompts=prompts, sample_tokens=5)
-    run = plan.compile().train(tmp_path / "run", progress=False, on_evaluate=heard.append)
+    run = plan.compile().train(tmp_path / "run", verbose=0, on_evaluate=heard.append)
     assert [(s["step"], s["prompt"]) for s in run.samples] == [(n, p) for n in (0, 2, 4) for p in prompts]
     assert run.samples[-1]["answer"] == run.generate("Hi", max_new_tokens=5)
     assert [sample for record in heard for sample in record["samples"]] == run.samples
@@ -89,7 +89,7 @@ def test_callbacks_hear_what_happens(dense_checkpoint, tmp_path):
     heard = {name: [] for name in ("on_step", "on_evaluate", "on_save", "on_end")}
     plan = recipe(dense_checkpoint, max_steps=4, held_out=0.2, evaluate_every=3, save_every=2).compile()
     listeners = {name: found.append for name, found in heard.items()}
-    run = plan.train(tmp_path / "run", progress=False, **listeners)
+    run = plan.train(tmp_path / "run", verbose=0, **listeners)
     assert [record["step"] for record in heard["on_step"]] == [1, 2, 3, 4]
     assert heard["on_step"] == [record for record in run.history if "loss" in record]
     assert [record["step"] for record in heard["on_evaluate"]] == [0, 3, 4]
@@ -101,7 +101,7 @@ def test_the_best_step_is_kept_and_ends_the_run(dense_checkpoint, tmp_path):
     """With keep_best the checkpoint of the lowest held-out loss stays, and model and results are its."""
     options = {"held_out": 0.3, "evaluate_every": 1, "learning_rate": 0.1, "schedule": "constant", "max_steps": 8}
     plan = recipe(dense_checkpoint, keep_best=True, keep_checkpoints=1, **options).compile()
-    run = plan.train(tmp_path / "run", progress=False)
+    run = plan.train(tmp_path / "run", verbose=0)
     best = run.best_step
     losses = {record["step"]: record["held_out_loss"] for record in evaluated(run)[1:]}
     assert losses[best] == min(losses.values())
@@ -110,9 +110,9 @@ def test_the_best_step_is_kept_and_ends_the_run(dense_checkpoint, tmp_path):
     assert run.evaluate()["loss"] == losses[best]
     exported = recipe(tmp_path / "run" / "model", **options).compile().prepare()
     assert exported.evaluate(run.prepared.corpus.held_out).loss == pytest.approx(losses[best], rel=1e-6)
-    last = recipe(dense_checkpoint, **options).compile().train(tmp_path / "last", progress=False)
+    last = recipe(dense_checkpoint, **options).compile().train(tmp_path / "last", verbose=0)
     assert last.evaluate()["loss"] == losses[8]
-    again = plan.train(tmp_path / "run", progress=False)
+    again = plan.train(tmp_path / "run", verbose=0)
     assert again.evaluate()["loss"] == losses[best]
 
 
@@ -121,11 +121,7 @@ def test_patience_ends_a_run_that_gets_no_better(dense_checkpoint, tmp_path, pat
     """A run stops after so many evaluations in a row without a lower held-out loss, with a checkpoint and results."""
     training = {"held_out": 0.2, "evaluate_every": 1, "learning_rate": 3.0, "max_steps": 9}
     asked = recipe(dense_checkpoint, **training)
-    run = (
-        asked.with_training(asked.training.early_stopping(patience))
-        .compile()
-        .train(tmp_path / "r", progress=False)
-    )
+    run = asked.with_training(asked.training.early_stopping(patience)).compile().train(tmp_path / "r", verbose=0)
     losses = [record["held_out_loss"] for record in evaluated(run)]
     assert run.ending == STOPPED_EARLY
     assert len(losses) - 1 - losses.index(min(losses)) == patience
@@ -137,7 +133,7 @@ def test_patience_ends_a_run_that_gets_no_better(dense_checkpoint, tmp_path, pat
 def test_a_run_that_gets_better_is_patient(dense_checkpoint, tmp_path):
     """A falling held-out loss goes on to the end."""
     plan = recipe(dense_checkpoint, held_out=0.2, evaluate_every=1, patience=1, max_steps=4, learning_rate=1e-4)
-    assert plan.compile().train(tmp_path / "run", progress=False).ending == FINISHED
+    assert plan.compile().train(tmp_path / "run", verbose=0).ending == FINISHED
 
 
 @pytest.mark.parametrize(
@@ -165,7 +161,7 @@ def test_a_signal_ends_after_the_step_with_a_checkpoint(dense_checkpoint, tmp_pa
         if record["step"] == 2:
             signal.raise_signal(number)
 
-    run = plan.train(tmp_path / "run", progress=False, on_step=stop, on_end=ended.append)
+    run = plan.train(tmp_path / "run", verbose=0, on_step=stop, on_end=ended.append)
     assert run.ending == INTERRUPTED
     assert [record["step"] for record in run.history] == [1, 2]
     assert run.checkpoint == tmp_path / "run" / "checkpoints" / "step-2"
@@ -191,7 +187,7 @@ def test_a_second_signal_ends_at_once(dense_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(Prepared, "step", interrupted)
     plan = recipe(dense_checkpoint, max_steps=6, save_every=2).compile()
     with pytest.raises(KeyboardInterrupt):
-        plan.train(tmp_path / "run", progress=False)
+        plan.train(tmp_path / "run", verbose=0)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-2"]
     assert [record["step"] for record in written(tmp_path / "run")] == [1, 2, 3]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -247,7 +243,7 @@ def test_a_loss_that_is_not_finite_names_the_document(dense_checkpoint, tmp_path
     """The run stops before the optimizer's step and names step, file and row; the checkpoint before is whole."""
     plan = recipe(dense_checkpoint, tokens_per_step=256, save_every=1, loss=poisoned, epochs=1).compile()
     with pytest.raises(qf.NonFiniteError, match=r"loss inf, .*; in rows in memory, row 7; it began in") as caught:
-        plan.train(tmp_path / "run", progress=False)
+        plan.train(tmp_path / "run", verbose=0)
     assert caught.value.layer == "the loss"
     last = caught.value.step - 1
     assert caught.value.checkpoint == tmp_path / "run" / "checkpoints" / f"step-{last}"
@@ -262,8 +258,8 @@ def test_steps_that_are_not_finite_are_left_out_up_to_a_limit(dense_checkpoint, 
     options = {"save_every": 1, "loss": poisoned, "epochs": 3, "non_finite": "skip", "packed": False}
     plan = recipe(dense_checkpoint, **options, max_skipped=2).compile()
     with pytest.raises(qf.NonFiniteError, match=r"row 7; .*\(2 steps were left out before\)"):
-        plan.train(tmp_path / "limited", progress=False)
-    run = recipe(dense_checkpoint, **options, max_skipped=3).compile().train(tmp_path / "run", progress=False)
+        plan.train(tmp_path / "limited", verbose=0)
+    run = recipe(dense_checkpoint, **options, max_skipped=3).compile().train(tmp_path / "run", verbose=0)
     left_out = [record for record in run.history if "skipped" in record]
     assert [record["skipped"] for record in left_out] == 3 * [[["rows in memory", 7]]]
     assert all("loss" not in record for record in left_out)
@@ -283,15 +279,15 @@ def test_steps_that_are_not_finite_are_left_out_up_to_a_limit(dense_checkpoint, 
 def test_a_run_that_leaves_steps_out_goes_on_to_the_bit(dense_checkpoint, tmp_path):
     """Interrupted behind a step that was left out, a run ends as it would have, and so it counts towards the limit."""
     plan = recipe(dense_checkpoint, loss=poisoned, epochs=2, non_finite="skip", packed=False).compile()
-    whole = plan.train(tmp_path / "whole", progress=False)
+    whole = plan.train(tmp_path / "whole", verbose=0)
     (first, _) = [record["step"] for record in whole.history if "skipped" in record]
 
     def stop(record):
         if record["step"] == first + 1:
             signal.raise_signal(signal.SIGINT)
 
-    plan.train(tmp_path / "parts", progress=False, on_step=stop)
-    run = plan.train(tmp_path / "parts", progress=False)
+    plan.train(tmp_path / "parts", verbose=0, on_step=stop)
+    run = plan.train(tmp_path / "parts", verbose=0)
     assert comparable(run.history) == comparable(whole.history)
     assert all(torch.equal(weight, weights(run)[name]) for name, weight in weights(whole).items())
 
@@ -317,7 +313,7 @@ def test_the_layer_where_it_began_is_named(dense_checkpoint, name):
 def test_a_loss_that_leaps_is_noted(dense_checkpoint, tmp_path):
     """The step, the usual loss and the documents are told, and stand in the record; an ordinary run tells nothing."""
     plan = recipe(dense_checkpoint, loss=leaping, epochs=2, packed=False, learning_rate=1e-5).compile()
-    run = plan.train(tmp_path / "run", progress=False)
+    run = plan.train(tmp_path / "run", verbose=0)
     leaps = [record for record in run.history if "usual_loss" in record]
     high = [record["step"] for record in run.history if record["loss"] > 50]
     assert len(high) == 2
@@ -353,7 +349,7 @@ def test_a_loss_of_ones_own_is_what_is_trained(dense_checkpoint, tmp_path):
     """A plain function replaces the loss: one that computes cross entropy gives the same run."""
     options = {"max_steps": 3, "held_out": 0.2, "adapter": LORA}
     runs = [
-        recipe(dense_checkpoint, **options, **loss).compile().train(tmp_path / name, progress=False)
+        recipe(dense_checkpoint, **options, **loss).compile().train(tmp_path / name, verbose=0)
         for name, loss in {"own": {"loss": cross_entropy}, "built in": {}}.items()
     ]
     for mine, theirs in zip(comparable(runs[0].history), comparable(runs[1].history), strict=True):
@@ -374,7 +370,7 @@ def test_two_runs_on_a_cpu_are_equal_to_the_bit(moe_checkpoint, tmp_path, thread
     torch.set_num_threads(threads)
     try:
         plan = recipe(moe_checkpoint, max_steps=3, deterministic=deterministic, dtype="bfloat16").compile()
-        runs = [plan.train(tmp_path / name, progress=False) for name in ("a", "b")]
+        runs = [plan.train(tmp_path / name, verbose=0) for name in ("a", "b")]
     finally:
         torch.set_num_threads(1)
     assert comparable(runs[0].history) == comparable(runs[1].history)
@@ -386,7 +382,7 @@ def test_a_script_of_fifteen_lines_is_train(dense_checkpoint, tmp_path):
     """A loop of one's own, with dropout, noise, rounding and evaluation, ends with the weights of train()."""
     options = {"dtype": "bfloat16", "held_out": 0.2, "evaluate_every": 2, "neftune_alpha": 5.0, "epochs": 2}
     plan = recipe(dense_checkpoint, **options, optimizer="adamw_8bit", tokens_per_step=256).compile()
-    run = plan.train(tmp_path / "run", progress=False)
+    run = plan.train(tmp_path / "run", verbose=0)
 
     prepared = plan.prepare()
     losses = []

@@ -25,7 +25,7 @@ def limit(_record):
 plan = qf.Recipe.load(sys.argv[1]).compile()
 plan.memory
 try:
-    plan.train(sys.argv[2], progress=False, on_evaluate=limit)
+    plan.train(sys.argv[2], verbose=0, on_evaluate=limit)
 except qf.OutOfMemoryError as error:
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     print(json.dumps([str(error), error.step, error.documents, error.tokens, error.planned.peak_bytes]))

@@ -81,12 +81,12 @@ def test_held_out_losses_are_of_the_models_own_head(dense_checkpoint):
 def test_its_loss_is_in_the_metrics_where_it_is_trained(dense_checkpoint, tmp_path):
     """Records of other runs have nothing of it, and resuming a run with another weight is refused."""
     asked = recipe(dense_checkpoint, adapter=MTP, max_steps=2)
-    asked.compile().train(tmp_path / "run", progress=False)
+    asked.compile().train(tmp_path / "run", verbose=0)
     assert all(record["mtp_loss"] > 0 for record in written(tmp_path / "run") if record["step"])
     other = asked.with_adapter(qf.AdapterSpec.full()).compile()
     with pytest.raises(qf.CheckpointError, match=r"recipe\.adapter\.mtp_weight: 0\.5 there"):
-        other.train(tmp_path / "run", progress=False)
-    other.train(tmp_path / "other", progress=False)
+        other.train(tmp_path / "run", verbose=0)
+    other.train(tmp_path / "other", verbose=0)
     assert not any("mtp_loss" in record for record in written(tmp_path / "other"))
 
 

@@ -68,7 +68,7 @@ def seeing(tmp_path_factory):
 @pytest.mark.parametrize("stop", [2, 4])
 def test_a_run_on_images_goes_on_to_the_bit(seeing, stop, tmp_path):
     """Reading images draws no random number that dropout would then draw otherwise."""
-    whole = seeing.compile().train(tmp_path / "whole", progress=False)
+    whole = seeing.compile().train(tmp_path / "whole", verbose=0)
     prepared = seeing.compile().prepare()
     left = prepared.remaining()
     for _ in range(stop):
@@ -133,7 +133,7 @@ QUICK = [("lora", True), ("full in bfloat16", False)]
 def test_a_run_that_is_interrupted_at_every_step(dense_checkpoint, tmp_path, order, kind, packed):
     """Ended after each step of two epochs, and continued each time, a run is the uninterrupted one."""
     plan = recipe(dense_checkpoint, epochs=2, packed=packed, **KINDS[kind]).compile()
-    whole = plan.train(tmp_path / "whole", progress=False)
+    whole = plan.train(tmp_path / "whole", verbose=0)
     in_order = list(order)
     order.clear()
     assert whole.ending == FINISHED
@@ -148,11 +148,11 @@ def test_a_run_that_is_interrupted_at_every_step(dense_checkpoint, tmp_path, ord
             if record["step"] == stop_at:
                 interrupt(record)
 
-        run = plan.train(tmp_path / "parts", progress=False, on_step=stop)
+        run = plan.train(tmp_path / "parts", verbose=0, on_step=stop)
         assert run.ending == INTERRUPTED
         assert run.history[-1]["step"] == step
         assert run.checkpoint == tmp_path / "parts" / "checkpoints" / f"step-{step}"
-    run = plan.train(tmp_path / "parts", progress=False)
+    run = plan.train(tmp_path / "parts", verbose=0)
     assert run.ending == FINISHED
     assert order == in_order
     assert_same(run, whole)
@@ -171,21 +171,21 @@ def test_a_run_that_crashes_between_checkpoints(dense_checkpoint, tmp_path, step
             raise RuntimeError(msg)
 
     plan = recipe(dense_checkpoint, max_steps=8, save_every=3, held_out=0.2, evaluate_every=2).compile()
-    whole = plan.train(tmp_path / "whole", progress=False)
+    whole = plan.train(tmp_path / "whole", verbose=0)
     with pytest.raises(RuntimeError, match="a cable was pulled"):
-        plan.train(tmp_path / "parts", progress=False, on_step=crash)
+        plan.train(tmp_path / "parts", verbose=0, on_step=crash)
     assert written(tmp_path / "parts")[-1]["step"] == step
-    assert_same(plan.train(tmp_path / "parts", "must" if step > 3 else "auto", progress=False), whole)
+    assert_same(plan.train(tmp_path / "parts", "must" if step > 3 else "auto", verbose=0), whole)
 
 
 def test_a_run_that_has_ended_is_returned_as_it_was(dense_checkpoint, tmp_path):
     """train() on a finished run trains nothing, and returns its weights and records; results that are lost return."""
     plan = recipe(dense_checkpoint, max_steps=3, held_out=0.2).compile()
-    whole = plan.train(tmp_path / "run", progress=False)
+    whole = plan.train(tmp_path / "run", verbose=0)
     before = weights(whole)
     shutil.rmtree(tmp_path / "run" / "model")
     steps = []
-    again = plan.train(tmp_path / "run", progress=False, on_step=steps.append)
+    again = plan.train(tmp_path / "run", verbose=0, on_step=steps.append)
     assert steps == []
     assert again.ending == FINISHED
     assert again.history == whole.history
@@ -198,9 +198,9 @@ def test_a_run_that_stopped_early_is_over(dense_checkpoint, tmp_path):
     plan = recipe(
         dense_checkpoint, max_steps=9, held_out=0.2, evaluate_every=1, patience=2, learning_rate=3.0
     ).compile()
-    run = plan.train(tmp_path / "run", progress=False)
+    run = plan.train(tmp_path / "run", verbose=0)
     assert run.ending == STOPPED_EARLY
-    again = plan.train(tmp_path / "run", progress=False)
+    again = plan.train(tmp_path / "run", verbose=0)
     assert again.ending == STOPPED_EARLY
     assert again.history == run.history
 
@@ -211,7 +211,7 @@ def test_a_streamed_run_goes_on_in_the_middle_of_a_window(dense_checkpoint, tmp_
     rows.write_text("".join(json.dumps(row) + "\n" for row in chats()))
     asked = recipe(dense_checkpoint, max_steps=9, adapter=LORA)
     plan = asked.with_data(qf.DataSpec.messages(rows).with_max_length(128).pack().stream(window=8)).compile()
-    whole = plan.train(tmp_path / "whole", progress=False)
+    whole = plan.train(tmp_path / "whole", verbose=0)
     in_order = list(order)
     assert whole.history[-1]["epoch"] == 1
     order.clear()
@@ -221,13 +221,13 @@ def test_a_streamed_run_goes_on_in_the_middle_of_a_window(dense_checkpoint, tmp_
             if record["step"] == stop_at:
                 interrupt(record)
 
-        assert plan.train(tmp_path / "parts", progress=False, on_step=stop).ending == INTERRUPTED
-    run = plan.train(tmp_path / "parts", progress=False)
+        assert plan.train(tmp_path / "parts", verbose=0, on_step=stop).ending == INTERRUPTED
+    run = plan.train(tmp_path / "parts", verbose=0)
     assert order == in_order
     assert_same(run, whole)
     rows.write_text("".join(json.dumps(row) + "\n" for row in reversed(chats())))
     with pytest.raises(qf.CheckpointError, match="is of another recipe"):
-        asked.with_data(plan.recipe.data).compile().train(tmp_path / "parts", progress=False)
+        asked.with_data(plan.recipe.data).compile().train(tmp_path / "parts", verbose=0)
 
 
 def test_rows_that_are_left_out_are_listed_once(dense_checkpoint, tmp_path):
@@ -245,9 +245,9 @@ def test_rows_that_are_left_out_are_listed_once(dense_checkpoint, tmp_path):
             if record["step"] == stop_at:
                 interrupt(record)
 
-        assert plan.train(tmp_path / "streamed", progress=False, on_step=stop).ending == INTERRUPTED
-    plan.train(tmp_path / "streamed", progress=False)
-    asked.with_data(data).compile().train(tmp_path / "whole", progress=False)
+        assert plan.train(tmp_path / "streamed", verbose=0, on_step=stop).ending == INTERRUPTED
+    plan.train(tmp_path / "streamed", verbose=0)
+    asked.with_data(data).compile().train(tmp_path / "whole", verbose=0)
     for name in ("streamed", "whole"):
         lines = [json.loads(line) for line in (tmp_path / name / "skipped.jsonl").read_text().splitlines()]
         places = [line["error"].partition(":")[0].rpartition(" ")[2] for line in lines]
@@ -259,21 +259,21 @@ def test_an_iterable_data_set_trains(dense_checkpoint, tmp_path):
     data = qf.DataSpec.messages(datasets.IterableDataset.from_generator(lambda: iter(chats()))).stream(window=8)
     plan = recipe(dense_checkpoint, max_steps=6, adapter=LORA).with_data(data).compile()
     assert "cannot be found again by a saved recipe; the run folder will hold no recipe.json" in plan.explain()
-    whole = plan.train(tmp_path / "whole", progress=False)
+    whole = plan.train(tmp_path / "whole", verbose=0)
 
     def stop(record):
         if record["step"] == 3:
             interrupt(record)
 
-    assert plan.train(tmp_path / "parts", progress=False, on_step=stop).ending == INTERRUPTED
-    assert_same(plan.train(tmp_path / "parts", progress=False), whole)
+    assert plan.train(tmp_path / "parts", verbose=0, on_step=stop).ending == INTERRUPTED
+    assert_same(plan.train(tmp_path / "parts", verbose=0), whole)
     assert not (tmp_path / "parts" / "recipe.json").exists()
 
 
 def test_a_script_saves_and_loads_in_its_own_loop(dense_checkpoint, tmp_path):
     """A loop of one's own goes on from a checkpoint with what is left of the recipe, as train() does."""
     plan = recipe(dense_checkpoint, epochs=2, adapter=LORA).compile()
-    whole = plan.train(tmp_path / "whole", progress=False)
+    whole = plan.train(tmp_path / "whole", verbose=0)
     prepared = plan.prepare()
     for _, batches in prepared.remaining():
         if prepared.step(batches).step == 4:
@@ -291,11 +291,11 @@ def test_a_script_saves_and_loads_in_its_own_loop(dense_checkpoint, tmp_path):
 def test_what_a_killed_save_left_is_removed(dense_checkpoint, tmp_path):
     """A checkpoint that was half written, or half removed, is no checkpoint, and is gone once the run goes on."""
     plan = recipe(dense_checkpoint, max_steps=3, save_every=1).compile()
-    plan.train(tmp_path / "run", progress=False, on_step=interrupt)
+    plan.train(tmp_path / "run", verbose=0, on_step=interrupt)
     for name in (".step-2.writing", ".step-0.leaving"):
         (tmp_path / "run" / "checkpoints" / name).mkdir()
         (tmp_path / "run" / "checkpoints" / name / "model.safetensors").write_bytes(b"half")
-    run = plan.train(tmp_path / "run", "must", progress=False)
+    run = plan.train(tmp_path / "run", "must", verbose=0)
     assert run.ending == FINISHED
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"latest", "step-2", "step-3"}
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-3\n"
@@ -304,9 +304,9 @@ def test_what_a_killed_save_left_is_removed(dense_checkpoint, tmp_path):
 def test_how_often_it_is_saved_may_change(dense_checkpoint, tmp_path):
     """A run goes on with other intervals and another number of checkpoints; its recipe.json says the new ones."""
     asked = recipe(dense_checkpoint, max_steps=4, save_every=1, keep_checkpoints=3)
-    asked.compile().train(tmp_path / "run", progress=False, on_step=lambda r: r["step"] == 2 and interrupt(r))
+    asked.compile().train(tmp_path / "run", verbose=0, on_step=lambda r: r["step"] == 2 and interrupt(r))
     changed = asked.with_training(save_every=4, keep_checkpoints=1)
-    changed.compile().train(tmp_path / "run", "must", progress=False)
+    changed.compile().train(tmp_path / "run", "must", verbose=0)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-4"]
     assert qf.Recipe.load(tmp_path / "run" / "recipe.json") == changed
 
@@ -339,7 +339,7 @@ def test_another_recipe_is_refused_with_the_difference(dense_checkpoint, tmp_pat
             raise InterruptedError
 
     try:
-        asked.compile().train(tmp_path / "run", progress=False, on_step=stop)
+        asked.compile().train(tmp_path / "run", verbose=0, on_step=stop)
     except InterruptedError:
         assert begun == "without one"
     before = contents(tmp_path / "run")
@@ -347,7 +347,7 @@ def test_another_recipe_is_refused_with_the_difference(dense_checkpoint, tmp_pat
     with pytest.raises(
         qf.CheckpointError, match=rf"run is of another recipe:\n(.*\n)*     {difference}"
     ) as caught:
-        other.train(tmp_path / "run", progress=False)
+        other.train(tmp_path / "run", verbose=0)
     assert caught.value.differences
     assert "run-2" in caught.value.fix
     assert contents(tmp_path / "run") == before
@@ -359,17 +359,17 @@ def test_another_recipe_is_refused_with_the_difference(dense_checkpoint, tmp_pat
 def test_a_change_that_is_accepted_is_trained_with(dense_checkpoint, tmp_path):
     """The rest of the run has the new learning rate and the new data; the old place is kept, and all of it is told."""
     asked = recipe(dense_checkpoint, max_steps=6, save_every=1, schedule="linear")
-    asked.compile().train(tmp_path / "run", progress=False, on_step=lambda r: r["step"] == 3 and interrupt(r))
+    asked.compile().train(tmp_path / "run", verbose=0, on_step=lambda r: r["step"] == 3 and interrupt(r))
     changed = asked.with_training(learning_rate=5e-4).with_data(source=chats(19))
     plan = changed.compile()
     with pytest.raises(qf.CheckpointError, match=r"data\.rows in memory") as caught:
-        plan.train(tmp_path / "run", progress=False, accept=["recipe.training"])
+        plan.train(tmp_path / "run", verbose=0, accept=["recipe.training"])
     assert not any("learning_rate" in line for line in caught.value.differences)
     assert 'accept=["recipe.training.learning_rate"]' in caught.value.fix
     accept = ["recipe.training.learning_rate", "recipe.data", "data"]
-    run = plan.train(tmp_path / "run", "must", progress=False, accept=accept)
+    run = plan.train(tmp_path / "run", "must", verbose=0, accept=accept)
     assert [record["step"] for record in run.history] == [1, 2, 3, 4, 5, 6]
-    alone = changed.compile().train(tmp_path / "alone", progress=False)
+    alone = changed.compile().train(tmp_path / "alone", verbose=0)
     rates = [record["learning_rate"] for record in run.history]
     assert rates[3:] == [record["learning_rate"] for record in alone.history][3:]
     assert rates[:3] == [2 * record["learning_rate"] for record in alone.history][:3]
@@ -377,7 +377,7 @@ def test_a_change_that_is_accepted_is_trained_with(dense_checkpoint, tmp_path):
         notice == "changed, and accepted: recipe.training.learning_rate: 0.001 there, 0.0005 here"
         for notice in run.notices
     )
-    assert plan.train(tmp_path / "run", "must", progress=False, accept=accept).notices == run.notices
+    assert plan.train(tmp_path / "run", "must", verbose=0, accept=accept).notices == run.notices
 
 
 @pytest.mark.parametrize("accept", ["recipe.training.learning_rat", "training", ""])
@@ -385,25 +385,25 @@ def test_only_what_there_is_can_be_accepted(dense_checkpoint, tmp_path, accept):
     """A place that no recipe has is refused, with the nearest."""
     plan = recipe(dense_checkpoint, max_steps=2).compile()
     with pytest.raises(qf.SpecError, match=rf"accept='{accept}': no such place in a recipe"):
-        plan.train(tmp_path / "run", progress=False, accept=[accept])
+        plan.train(tmp_path / "run", verbose=0, accept=[accept])
     assert not (tmp_path / "run").exists()
 
 
 def test_another_optimizer_is_never_accepted(dense_checkpoint, tmp_path):
     """Its state is of another kind."""
     asked = recipe(dense_checkpoint, max_steps=3)
-    asked.compile().train(tmp_path / "run", progress=False, on_step=interrupt)
+    asked.compile().train(tmp_path / "run", verbose=0, on_step=interrupt)
     for accept in ("recipe.training.optimizer", "recipe.training", "recipe"):
         with pytest.raises(qf.CheckpointError, match=r"recipe\.training\.optimizer: 'adamw' there, 'sgd' here"):
-            asked.with_training(optimizer="sgd").compile().train(tmp_path / "run", progress=False, accept=[accept])
+            asked.with_training(optimizer="sgd").compile().train(tmp_path / "run", verbose=0, accept=[accept])
 
 
 def test_what_is_done_about_failures_may_change(dense_checkpoint, tmp_path):
     """A run that ended at a loss that is not finite goes on with the same recipe, told to leave such steps out."""
     asked = recipe(dense_checkpoint, max_steps=3)
-    asked.compile().train(tmp_path / "run", progress=False, on_step=interrupt)
+    asked.compile().train(tmp_path / "run", verbose=0, on_step=interrupt)
     other = asked.with_training(non_finite="skip", max_skipped=3, failed_save="stop")
-    assert other.compile().train(tmp_path / "run", "must", progress=False).ending == FINISHED
+    assert other.compile().train(tmp_path / "run", "must", verbose=0).ending == FINISHED
 
 
 def test_other_weights_under_the_same_name_are_refused(dense_checkpoint, moe_checkpoint, tmp_path):
@@ -411,12 +411,12 @@ def test_other_weights_under_the_same_name_are_refused(dense_checkpoint, moe_che
     base = tmp_path / "base"
     shutil.copytree(dense_checkpoint, base)
     plan = recipe(base, max_steps=2, adapter=LORA).compile()
-    plan.train(tmp_path / "run", progress=False, on_step=interrupt)
+    plan.train(tmp_path / "run", verbose=0, on_step=interrupt)
     content = bytearray((base / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (base / "model.safetensors").write_bytes(content)
     with pytest.raises(qf.CheckpointError, match=r"weights\.model\.safetensors: '[\d,]+ bytes, sha256"):
-        recipe(base, max_steps=2, adapter=LORA).compile().train(tmp_path / "run", progress=False)
+        recipe(base, max_steps=2, adapter=LORA).compile().train(tmp_path / "run", verbose=0)
     prepared = recipe(moe_checkpoint, max_steps=2, adapter=LORA).compile().prepare()
     with pytest.raises(
         qf.CheckpointError, match=r"recipe\.model\.source: .*/base' there, .*moe.*/checkpoint' here"
@@ -430,11 +430,11 @@ def test_resume_says_what_may_be_continued(dense_checkpoint, tmp_path):
     with pytest.raises(
         qf.CheckpointError, match=r'run holds no checkpoint to continue from\n  Fix: resume="auto"'
     ):
-        plan.train(tmp_path / "run", "must", progress=False)
+        plan.train(tmp_path / "run", "must", verbose=0)
     assert not (tmp_path / "run").exists()
-    plan.train(tmp_path / "run", "never", progress=False, on_step=interrupt)
+    plan.train(tmp_path / "run", "never", verbose=0, on_step=interrupt)
     with pytest.raises(qf.CheckpointError, match="run exists already, and is not overwritten"):
-        plan.train(tmp_path / "run", "never", progress=False)
-    assert plan.train(tmp_path / "run", "must", progress=False).ending == FINISHED
+        plan.train(tmp_path / "run", "never", verbose=0)
+    assert plan.train(tmp_path / "run", "must", verbose=0).ending == FINISHED
     with pytest.raises(qf.SpecError, match=r"train\(resume='atuo'\): .*did you mean 'auto'"):
-        plan.train(tmp_path / "run", "atuo", progress=False)
+        plan.train(tmp_path / "run", "atuo", verbose=0)

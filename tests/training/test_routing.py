@@ -102,7 +102,7 @@ def test_the_load_of_experts_is_in_the_metrics(moe_checkpoint, tmp_path, every):
     assert torch.equal(prepared.expert_counts, wanted.long())
     assert result.expert_load == pytest.approx((wanted.amax(1) / wanted.mean(1)).tolist())
     assert result.idle_experts == tuple((wanted == 0).sum(1).tolist())
-    plan.train(tmp_path / "run", progress=False)
+    plan.train(tmp_path / "run", verbose=0)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if record["step"]]
     assert steps[0]["expert_load"] == pytest.approx(list(result.expert_load))
@@ -114,7 +114,7 @@ def test_a_dense_model_has_no_load(dense_checkpoint, tmp_path):
     run = (
         recipe(dense_checkpoint, max_steps=1, adapter=qf.AdapterSpec.lora())
         .compile()
-        .train(tmp_path / "run", progress=False)
+        .train(tmp_path / "run", verbose=0)
     )
     assert run.prepared.expert_counts is None
     assert not {"expert_load", "idle_experts"} & set(run.history[-1])

@@ -23,7 +23,7 @@ def on_step(record):
         held.append(4096 * int(file.read().split()[1]))
     seconds.append(time.process_time())
 
-plan.train(sys.argv[2], progress=False, on_step=on_step)
+plan.train(sys.argv[2], verbose=0, on_step=on_step)
 print(json.dumps([held, seconds]))
 """
 

@@ -22,7 +22,7 @@ def test_bfloat16_weights_reach_the_loss_of_float32(tmp_path, monkeypatch):
     def held_out_loss(dtype, name):
         training = qf.TrainingSpec(max_steps=2000, learning_rate=1e-5, activation_checkpointing=False)
         recipe = qf.Recipe(qf.ModelSpec(checkpoint, dtype=dtype), data, qf.AdapterSpec.full(), training=training)
-        run = recipe.compile().train(tmp_path / name, progress=False)
+        run = recipe.compile().train(tmp_path / name, verbose=0)
         assert {p.dtype for p in run.prepared.trained.values()} == {torch.float32, getattr(torch, dtype)}
         return run.held_out_losses[0][1], run.held_out_losses[-1][1]
 
