@@ -159,9 +159,10 @@ def html_chart(*lines: Line, height: int = 120) -> str:
 
     shapes = "".join(_shape(line, [placed(*point) for point in line.points]) for line in drawn)
     said = [f"{line.name} from {line.points[0][1]:.4g} to {line.points[-1][1]:.4g}" for line in drawn]
+    # Most curves fall: there is room above their end and below their beginning.
     scale = "".join(
-        f'<text x="{_CHART}" y="{y}" text-anchor="end" font-size="11" fill="currentColor">{value:.4g}</text>'
-        for y, value in ((9, high), (height - 2, low))
+        f'<text x="{x}" y="{y}" text-anchor="{side}" font-size="11" fill="currentColor">{value:.4g}</text>'
+        for x, y, side, value in ((_CHART, 9, "end", high), (0, height - 2, "start", low))
     )
     legend = " ".join(
         f'<span style="margin-right:10px;white-space:nowrap"><span style="color:{_COLOURS[line.colour]}">'
@@ -181,7 +182,7 @@ _MARKS = {"line": "&#9473;", "faint": "&#9472;", "dots": "&#9679;"}
 def _shape(line: Line, points: Sequence[tuple[float, float]]) -> str:
     colour = _COLOURS[line.colour]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    strength = 'stroke-width="1" stroke-opacity="0.45"' if line.style == "faint" else 'stroke-width="2"'
+    strength = 'stroke-width="1" stroke-opacity="0.7"' if line.style == "faint" else 'stroke-width="2"'
     shape = f'<polyline points="{path}" fill="none" stroke="{colour}" {strength}/>'
     if line.style != "dots":
         return shape

@@ -313,7 +313,7 @@ def live_html(watched: Watched, state: State, curves: Curves, verbose: int) -> s
     bar = html_bar(parts, lambda count: f"{count:,.0f} steps", rest="to go")
     facts = [*_line(state).items()]
     if verbose < VIEW:
-        return html_view(watched.title, bar, html_table((), facts))
+        return html_view(watched.title, bar, _facts(facts))
     if state.evaluation is not None:
         facts += _held_out(state.evaluation)[1:]
     memory = ""
@@ -328,7 +328,7 @@ def live_html(watched: Watched, state: State, curves: Curves, verbose: int) -> s
         bar,
         html_chart(*curves.loss),
         html_chart(*curves.rate, height=40),
-        html_table((), facts),
+        _facts(facts),
         memory,
         html_table(("prompt", "answer"), answers) if answers else "",
         html_table((), [("notice", notice) for notice in state.notices]) if state.notices else "",
@@ -348,6 +348,12 @@ def _line(state: State) -> dict[str, str]:
         "tok/s": f"{record['tokens_per_second']:,.0f}",
         "mem": bytes_text(record["peak_bytes"]),
     }
+
+
+def _facts(facts: Sequence[tuple[str, str]]) -> str:
+    """Names above their values, on a line."""
+    names, values = zip(*facts, strict=True) if facts else ((), ())
+    return html_table(names, [values]) if facts else ""
 
 
 def _held_out(record: dict[str, Any]) -> list[tuple[str, str]]:
