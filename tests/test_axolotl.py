@@ -395,7 +395,9 @@ def test_a_plan_shows_the_notes(read):
     """What has no effect is among the findings of the plan."""
     plan = read({"wandb_project": "talks", "datasets": None, **data_set(path="chats.jsonl")})
     plan = qf.Recipe(plan.model, adapter=plan.adapter, notes=plan.notes).compile(H100S)
-    assert any("wandb_project: talks: the metrics are in run.history" in str(f) for f in plan.findings)
+    assert any(
+        "wandb_project: talks: run.history and TensorBoard files have the metrics" in str(f) for f in plan.findings
+    )
 
 
 @pytest.mark.parametrize(
@@ -578,6 +580,7 @@ def test_a_warmup_in_steps_takes_these(read, steps):
 
 REFUSED = [
     ({"rl": "dpo"}, "rl: dpo: supervised fine-tuning is what is offered"),
+    ({"use_ray": True}, "use_ray: true: plan.launch or torchrun starts the processes"),
     ({**FULL, "load_in_8bit": True}, "load_in_8bit: true: weights of few bits are read and not trained"),
     ({"load_in_4bit": True}, r"load_in_4bit: true: .*\n     Fix: adapter: qlora, or load_in_4bit: false"),
     ({"adapter": "qlora"}, "adapter: qlora: load_in_4bit is not true"),
@@ -751,7 +754,7 @@ def test_a_key_without_a_value_is_known_or_not_all_the_same(read):
         ({"bf16": True}, "bf16: true: the model computes in bfloat16 wherever the device does"),
         (
             {"wandb_project": "talks"},
-            "wandb_project: talks: the metrics are in run.history, run.plot() and TensorBoard",
+            "wandb_project: talks: run.history and TensorBoard files have the metrics",
         ),
         ({"output_dir": "out"}, "output_dir: out: plan.train(run_dir) says where a run lies"),
         ({"dataset_prepared_path": "x"}, "dataset_prepared_path: x: documents are tokenised once"),

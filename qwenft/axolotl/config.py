@@ -34,7 +34,7 @@ class Refused:
 
     def is_asked_by(self, value: Any) -> bool:
         """Whether a value asks for what is refused."""
-        return bool(value) and value not in self.fine
+        return bool(value) and all(value != fine or type(value) is not type(fine) for fine in self.fine)
 
 
 @attrs.frozen

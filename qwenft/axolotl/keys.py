@@ -26,7 +26,7 @@ _OUT = "leave it out"
 
 _NO_EFFECT: dict[str, str] = {
     **_all(
-        "the metrics are in run.history, run.plot() and TensorBoard files",
+        'run.history and TensorBoard files have the metrics; plan.train(trackers=["wandb"]) tells others',
         """
         use_wandb wandb_name wandb_run_id wandb_mode wandb_project wandb_entity wandb_watch wandb_log_model
         use_mlflow mlflow_tracking_uri mlflow_experiment_name mlflow_run_name hf_mlflow_log_artifacts

@@ -95,7 +95,7 @@ def _checked(function: Callable[..., Any], label: str, cls: type | None = None) 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if cls is not None:
-            refuse_renamed(cls, kwargs, label)
+            refuse_renamed(cls, [name for name in kwargs if name not in signature.parameters], label)
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:

@@ -194,11 +194,12 @@ class Codec:
     def _spec_loader(self, cls: type[T]) -> Callable[[Any, Any], T]:
         """The hook of a spec, which names what is no object."""
         load = make_dict_structure_fn(cls, self.converter, _cattrs_forbid_extra_keys=True)
+        known = [field.name for field in attrs.fields(cls)]  # type: ignore[arg-type] # all specs are attrs classes
 
         def structure(value: Any, _: Any) -> T:
             if not isinstance(value, dict):
                 raise SpecError(f"{cls.__name__}: expected a JSON object, got {value!r}", got=value)
-            refuse_renamed(cls, value)
+            refuse_renamed(cls, [name for name in value if name not in known])
             return load(value, cls)
 
         return structure

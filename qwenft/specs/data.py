@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
@@ -109,6 +109,24 @@ class DataSpec:
         window: how many rows are read ahead, shuffled and packed together while training goes on; all of them are
             read before it begins where None.
     """
+
+    #: Arguments of other libraries, each refused with what stands for it.
+    RENAMED: ClassVar[dict[str, str]] = {
+        "packing": ".pack()",
+        "sample_packing": ".pack()",
+        "padding_free": ".pack()",
+        "max_length": ".with_max_length(2048)",
+        "max_seq_length": ".with_max_length(2048)",
+        "sequence_len": ".with_max_length(2048)",
+        "cutoff_len": ".with_max_length(2048)",
+        "dataset_text_field": '.with_columns(text="body")',
+        "field_messages": '.with_columns(messages="dialogue")',
+        "assistant_only_loss": '.train_on("assistant")',
+        "train_on_inputs": '.train_on("system", "user", "assistant", "tool")',
+        "val_set_size": ".hold_out(0.05)",
+        "eval_dataset": '.hold_out(DataSpec.messages("test.jsonl"))',
+        "streaming": ".stream()",
+    }
 
     format: str = attrs.field(kw_only=True, validator=one_of(tuple(FORMATS), 'DataSpec.messages("chats.jsonl")'))
     source: Source = attrs.field(kw_only=True, converter=source_of)

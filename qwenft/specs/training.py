@@ -129,6 +129,7 @@ class TrainingSpec:
     #: Arguments of other trainers, each refused with what stands for it.
     RENAMED: ClassVar[dict[str, str]] = {
         "lr": "learning_rate=2e-4",
+        "eval_strategy": "evaluate_every=50",
         "num_train_epochs": "epochs=3",
         "num_epochs": "epochs=3",
         "gradient_accumulation_steps": "tokens_per_step=16_384",

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
 RECENT = 64  # losses, to which another one is compared
-#: Of a loss that leaps: how many median deviations above the median, of how many losses at least.
-_SPREADS, _FEWEST = 10.0, 16
+#: Of a loss that leaps: how many median deviations and nats a token above the median, of how many losses at least.
+_SPREADS, _NATS, _FEWEST = 10.0, 0.02, 16
 
 
 @contextmanager
@@ -55,13 +55,13 @@ def usual_loss(recent: Collection[float], loss: float) -> float | None:
     """The median of the losses before one that leaps out of them; None where it does not, or they are too few.
 
     It leaps where it lies above the median of the recent, of which there are 16 at least, by more than ten times
-    their median absolute deviation and more than a tenth of the median.
+    their median absolute deviation, a tenth of the median and 0.02 nats a token.
     """
     if len(recent) < _FEWEST:
         return None
     usual = statistics.median(recent)
     spread = statistics.median(abs(other - usual) for other in recent)
-    return usual if loss - usual > max(_SPREADS * spread, 0.1 * abs(usual)) else None
+    return usual if loss - usual > max(_SPREADS * spread, 0.1 * abs(usual), _NATS) else None
 
 
 def _is_finite(value: Any) -> bool:

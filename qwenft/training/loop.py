@@ -16,7 +16,7 @@ from qwenft.models.generate import answers
 from qwenft.training.diagnosis import RECENT, usual_loss
 from qwenft.training.interruption import Interruption
 from qwenft.training.memory_use import is_shortage, peak_bytes, shortage
-from qwenft.training.results import FINISHED, INTERRUPTED, STOPPED_EARLY, Ending
+from qwenft.training.results import FINISHED, INTERRUPTED, STOPPED_EARLY, Ending, StepResult
 from qwenft.training.saving import begin_save
 from qwenft.training.stalls import Pulse, is_of_collective, suspects_text
 
@@ -119,6 +119,7 @@ class _Course:
     evaluated: list[dict[str, Any]]
     losses: deque[float]
     skipped: int
+    leapt: int = -RECENT
     writing: Writing | None = None
     writes_last: bool = False
     state_bytes: int | None = None
@@ -155,10 +156,16 @@ class _Course:
         values = {name: value for name, value in attrs.asdict(result).items() if value not in ((), None)}
         if (usual := usual_loss(self.losses, result.loss)) is not None:
             values["usual_loss"] = usual
-            places = places_text([place for batch in batches for place in batch.documents])
-            self.notice(f"step {result.step}: the loss leaps to {result.loss:.3f} from {usual:.3f}, in {places}")
+            self._tell_leap(result, usual, batches)
         self.losses.append(result.loss)
         return {**values, "seconds": seconds, "tokens_per_second": result.stream_tokens / seconds}
+
+    def _tell_leap(self, result: StepResult, usual: float, batches: Sequence[Batch]) -> None:
+        """Tell of the first leap of several."""
+        if result.step - self.leapt > RECENT:
+            places = places_text([place for batch in batches for place in batch.documents])
+            self.notice(f"step {result.step}: the loss leaps to {result.loss:.3f} from {usual:.3f}, in {places}")
+        self.leapt = result.step
 
     def _left_out(self, batches: Sequence[Batch], error: NonFiniteError) -> dict[str, Any]:
         """Leave a step out as the recipe allows it; else tell from where the run can go on."""

@@ -11,7 +11,9 @@ import qwenft
 
 HOME = Path(qwenft.__file__).parent
 SOURCES = {str(file.relative_to(HOME)): ast.parse(file.read_text("utf-8")) for file in sorted(HOME.rglob("*.py"))}
-MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "wandb", "mlflow"}
+MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+#: What tells others of a run is imported in one file, inside the functions of those that were named.
+TRACKERS = {"wandb", "mlflow", "trackio", "tensorboardX"}
 #: The last part of what is called, and the modules or objects in front of it that make it one that runs code.
 CALLS = {
     "load": {"torch", "np", "numpy", "yaml", "pickle", "joblib"},
@@ -24,6 +26,22 @@ CALLS = {
 BUILTINS = {"eval", "exec", "compile", "__import__"}
 #: Kernels of the hub: pinned to a commit, and only of a publisher that a class in code of the user's own trusts.
 TRUSTING = {"kernels/flash.py": "[name] if trusted else False"}
+
+
+def imported(node):
+    """The packages that a statement imports."""
+    if isinstance(node, ast.Import):
+        return [name.name.partition(".")[0] for name in node.names]
+    return [(node.module or "").partition(".")[0]] if isinstance(node, ast.ImportFrom) else []
+
+
+@pytest.mark.parametrize("file", SOURCES)
+def test_nobody_is_told_who_was_not_named(file):
+    """No file but that of the trackers imports one, and that file none when it is imported itself."""
+    found = [name for node in ast.walk(SOURCES[file]) for name in imported(node) if name in TRACKERS]
+    at_once = [name for node in SOURCES[file].body for name in imported(node) if name in TRACKERS]
+    assert not at_once
+    assert bool(found) == (file == "trackers.py")
 
 
 def calls(tree):
@@ -45,10 +63,7 @@ def test_nothing_is_unpickled_evaluated_or_trusted(file):
     """No pickle, no eval, no yaml but safe_load, no torch.load, no shell, and no code of a repository."""
     found = []
     for node in ast.walk(SOURCES[file]):
-        if isinstance(node, ast.Import):
-            found += [name.name for name in node.names if name.name.partition(".")[0] in MODULES]
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in MODULES:
-            found.append(node.module)
+        found += [name for name in imported(node) if name in MODULES]
     for node in calls(SOURCES[file]):
         of, name = called(node)
         if (not of and name in BUILTINS) or of in CALLS.get(name, ()):

@@ -549,6 +549,16 @@ def test_arguments_of_other_trainers_are_refused_with_what_to_write(name, beside
         Codec(None).load({"attention": {name: False, **beside}, "model": {"source": "m"}}, Recipe)
 
 
+@pytest.mark.parametrize("name", DataSpec.RENAMED)
+def test_options_of_other_data_are_refused_with_what_to_write(name):
+    """What stands for them is a call that can be made."""
+    make = DataSpec.text if "text=" in DataSpec.RENAMED[name] else DataSpec.messages
+    with pytest.raises(SpecError, match=re.escape(f"(...){DataSpec.RENAMED[name]}")):
+        make("chats.jsonl", **{name: True})
+    written = eval(f"spec{DataSpec.RENAMED[name]}", {"spec": make("chats.jsonl"), "DataSpec": DataSpec})  # noqa: S307 - of our own
+    assert isinstance(written, DataSpec)
+
+
 @pytest.mark.parametrize("capability", ["supports_packing", "uses_flash_lib", "needs_half_precision", "exact"])
 def test_a_recipe_cannot_set_what_a_backend_can(capability):
     """Capabilities belong to the backend's class: neither a spec nor a shipped backend takes one."""
