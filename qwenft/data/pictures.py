@@ -161,7 +161,9 @@ class Pictures:
         if self.root is None:
             raise PictureError(f"{name}: no folder of images is named, so no path is allowed", _FOLDER)
         root = self.root.resolve()
-        real = (root / path).resolve()  # an absolute path replaces the root
+        # In the root of the file system lie all paths, and a relative one is that of the working folder.
+        start = Path.cwd() if root == Path(root.anchor) else root
+        real = (start / path).resolve()  # an absolute path replaces the start
         if not real.is_relative_to(root):
             fix = f'a path inside of it, or .with_images(root="{real.parent}")'
             raise PictureError(f"{name}: lies outside of the folder of images, {self.root}", fix)

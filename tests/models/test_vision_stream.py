@@ -238,7 +238,7 @@ def test_checkpointed_activations_give_the_same_gradients(checkpoint, folder):
 
 @pytest.mark.usefixtures("without_fla")
 @pytest.mark.parametrize("checkpoint", ["vision"], indirect=True)
-def test_a_run_on_images_from_its_first_step_to_its_answer(checkpoint, folder, tmp_path):
+def test_a_run_on_images_from_its_first_step_to_its_answer(checkpoint, folder, tmp_path, monkeypatch):
     """Trained, evaluated, resumed to the bit, asked and exported: each with images."""
     rows = [chat([image(n % 5), f"Number {n}?"], f"It is {n}.") for n in range(8)]
     plan = plan_of(checkpoint, folder, rows, workers=0)
@@ -263,6 +263,9 @@ def test_a_run_on_images_from_its_first_step_to_its_answer(checkpoint, folder, t
     answer = run.generate(asked, max_new_tokens=8)
     other = [{"role": "user", "content": [{"type": "image", "image": str(folder / "3.png")}]}]
     others = [run.generate(messages, max_new_tokens=8) for messages in (other, "Number 4?")]
+    monkeypatch.chdir(folder)
+    near = [{"role": "user", "content": [{"type": "image", "image": "3.png"}]}]
+    assert run.generate(near, max_new_tokens=8) == others[0]
     together = [other, [{"role": "user", "content": "Number 4?"}], asked]
     assert run.generate(together, max_new_tokens=8) == [*others, answer]
     stock = transformers.AutoModelForImageTextToText.from_pretrained(run.export(tmp_path / "merged")).eval()
