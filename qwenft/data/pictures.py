@@ -106,8 +106,8 @@ class Pictures:
         hosts: of which https URLs are fetched, as they stand in a URL: "example.org" or "example.org:8443".
         store: a folder where bytes are kept in files named by their sha256; where it is None or cannot be written
             they stay in the Picture.
-        max_pixels: of one image; a larger one is refused before it is decoded. Pillow itself reads no TIFF or WebP
-            of more than twice its `PIL.Image.MAX_IMAGE_PIXELS`.
+        max_pixels: of one image; a larger one is refused before it is decoded. Pillow 13 itself reads no TIFF or
+            WebP of more than twice its `PIL.Image.MAX_IMAGE_PIXELS`.
     """
 
     root: Path | None = attrs.field(default=None, converter=attrs.converters.optional(Path))
