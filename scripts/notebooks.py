@@ -21,7 +21,7 @@ def executed(path: Path, folder: Path) -> Any:
     """A notebook with the outputs of all its cells, from the first to the last, executed in a folder."""
     notebook = nbformat.read(path, as_version=4)
     place = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=300, record_timing=False, resources=place).execute()
+    NotebookClient(notebook, timeout=300, record_timing=False, coalesce_streams=True, resources=place).execute()
     notebook.metadata.language_info = {"name": "python"}
     # Wherever the package is installed, it is said to lie beside the notebook.
     text = nbformat.writes(notebook).replace(str(Path(qwenft.__file__).parent), "qwenft")

@@ -395,7 +395,7 @@ def test_the_limit_holds_for_every_kind(monkeypatch):
         data = file_of(wide.convert("L"), kind)
         assert Pictures().find(data).open().size == (1000, 100)
 
-    def bomb(file, name):  # as Pillow 13 does by itself of TIFF and WebP, and Pillow 12 does not
+    def bomb(_file, _name):  # as Pillow 13 does by itself of TIFF and WebP, and Pillow 12 does not
         raise Image.DecompressionBombError
 
     monkeypatch.setitem(Image.OPEN, "WEBP", (bomb, Image.OPEN["WEBP"][1]))
