@@ -10,7 +10,6 @@ import attrs
 
 from qwenft.display import bytes_text
 from qwenft.errors import PlanError
-from qwenft.machine import GIB
 from qwenft.plan.findings import blocked
 from qwenft.specs.parallel import ParallelSpec
 
@@ -228,12 +227,12 @@ def _combinations(tried: Sequence[Remedy], plan: TrainingPlan) -> list[tuple[Rem
 
 def _notes(chosen: Sequence[Remedy], plan: TrainingPlan, trial: TrainingPlan) -> Iterator[str]:
     machine = plan.machine.name
-    before, after = plan.memory.needed_bytes / GIB, trial.memory.needed_bytes / GIB
+    before, after = (bytes_text(one.memory.needed_bytes) for one in (plan, trial))
     if not chosen:
-        yield f"fits {machine} as it is: {before:.1f} GiB"
+        yield f"fits {machine} as it is: {before}"
         return
-    yield f"made to fit {machine}: {before:.1f} GiB became {after:.1f}"
+    yield f"made to fit {machine}: {before} became {after}"
     for remedy in chosen:
         exactly = "" if remedy.lever.is_exact else ", and changes results"
         verb = "saves" if remedy.saved >= 0 else "takes"
-        yield f"{remedy.lever.line} {verb} {abs(remedy.saved) / GIB:.1f} GiB{exactly}"
+        yield f"{remedy.lever.line} {verb} {bytes_text(abs(remedy.saved))}{exactly}"

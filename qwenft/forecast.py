@@ -113,7 +113,7 @@ class Forecast:
 
     @cached_property
     def _steps(self) -> tuple[Simulated, ...]:
-        """Simulated steps: on the longest row, and on the one with most patches where that is another."""
+        """Simulated steps: on the longest row, and on others with more chunks or patches."""
         from qwenft.training.simulate import largest_rows
 
         data = self.draft.data

@@ -240,6 +240,12 @@ def _attend_images(
     )
 
 
+def unpackable(model: Any) -> AttentionBackend | LinearAttentionBackend | None:
+    """A backend of a bound model's decoder that cannot keep documents of one row apart; None where all can."""
+    bound = (module for module in model.modules() if isinstance(module, _BoundAttention | _BoundGatedDeltaNet))
+    return next((one.qwenft_backend for one in bound if not one.qwenft_backend.supports_packing), None)
+
+
 class _BoundVisionModel:
     """The tower, which tells its layers once where the images of a call begin.
 

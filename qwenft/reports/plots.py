@@ -70,6 +70,7 @@ def plot(value: Run | TrainingPlan, panels: Sequence[str], known: Panels) -> Any
     for name, axes in zip(panels, figure.subplots(len(panels), squeeze=False)[:, 0], strict=True):
         known[name](axes, value)
         axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
     return figure
 
 
@@ -139,13 +140,15 @@ def _draw_experts(axes: Any, run: Run) -> None:
 def _draw_memory(axes: Any, plan: TrainingPlan) -> None:
     memory = plan.memory
     parts = {**memory.by_component, **memory.assumed}
-    left = 0.0
+    left, least = 0.0, 0.001 * memory.needed_bytes  # what is less is not seen
     for name, count in sorted(parts.items(), key=lambda part: -part[1]):
+        if count < least:
+            continue
         axes.barh(0, count / 2**30, left=left / 2**30, label=f"{name} {count / 2**30:.2f}")
         left += count
     axes.axvline(plan.forecast.memory_limit / 2**30, color="tab:red", lw=1, label="of the machine")
-    axes.set(xlabel="GiB of a process at the peak", yticks=[])
-    axes.legend(frameon=False, ncols=3, fontsize="small")
+    axes.set(xlabel="GiB of a process at the peak", yticks=[], ylim=(-0.6, 2))
+    axes.legend(frameon=False, ncols=3, fontsize="small", loc="upper left")
 
 
 def _draw_lengths(axes: Any, plan: TrainingPlan) -> None:

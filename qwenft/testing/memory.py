@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from torch._C._profiler import _EventType
@@ -41,6 +42,7 @@ def _most_allocated(function: Callable[[], object]) -> int:
     What a collective allocates within itself is left out: gloo copies what it is given, and frees the copies in
     threads of its own, which the profiler does not see.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would write lines of its own
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         function()
     assert run.profiler is not None

@@ -12,10 +12,10 @@ import torch
 
 from qwenft.data.masking import IGNORED
 from qwenft.data.stream import Batch, VisionInputs
-from qwenft.errors import DataError
+from qwenft.errors import DataError, SpecError
 from qwenft.kernels.fusion import fusion
 from qwenft.kernels.layout import SequenceLayout
-from qwenft.models.bind import causal_of, decoder_of, hidden_states
+from qwenft.models.bind import causal_of, decoder_of, hidden_states, unpackable
 from qwenft.models.lora import output_head
 from qwenft.models.loss import token_losses, token_scores
 from qwenft.models.mtp import one_token_on
@@ -50,6 +50,7 @@ class Learner:
         optimizer: over these.
         expert_counts: [layers, experts] how often each was chosen in the last step; in the last layer by
             supervised tokens alone, which are all that reach it. None of a dense model.
+        unpackable: a backend that has to be given one document at a time.
         micro_batch: the one that a step is at; None between them.
     """
 
@@ -67,6 +68,7 @@ class Learner:
         self.training = training
         self.device = device
         self.mtp_weight = mtp_weight
+        self.unpackable = unpackable(model)
         self.ranks = ranks
         self.shares = Trained(model, training, ranks)
         self.trained = self.shares.parts
@@ -136,6 +138,14 @@ class Learner:
 
     def _on_device(self, batch: Batch) -> Batch:
         """A micro-batch, located, that goes through the tower, if there is one, as that of another process may."""
+        if self.unpackable is not None and (documents := len(batch.layout.lengths)) > 1:
+            raise SpecError(
+                f"a micro-batch of {documents} documents, but {self.unpackable!r} has supports_packing = False: "
+                "a token could attend to another document",
+                fix="batch.split(), a micro-batch for each",
+                got=documents,
+                expected=1,
+            )
         batch = batch.located().to(self.device)
         tower = getattr(causal_of(self.model).model, "visual", None)
         if self.ranks.count == 1 or batch.vision is not None or tower is None:

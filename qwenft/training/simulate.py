@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -24,6 +25,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from qwenft.data.stream import Batch, VisionInputs
 from qwenft.family.inventory import role_of
+from qwenft.kernels.chunks import CHUNK
 from qwenft.kernels.device import planned_on
 from qwenft.models.bind import causal_of, decoder_of
 from qwenft.models.load import model_on_meta, named_weights
@@ -83,9 +85,17 @@ class Row:
         """Of all images and videos."""
         return sum(map(math.prod, self.grids))
 
+    @property
+    def chunks(self) -> int:
+        """Of Gated DeltaNet, which cuts each document into chunks by itself: many short ones have more."""
+        return sum(-(-length // CHUNK) for length in self.lengths)
+
 
 def largest_rows(stream: Stream) -> list[Row]:
-    """The row of an epoch with most tokens, of those with most that are trained, and the one with most patches."""
+    """Of an epoch the row with most tokens, and of those with most that are trained.
+
+    Behind it the ones with most chunks and with most patches, where they have more of them.
+    """
     rows, several = [], False
     for _, step in stream.steps():
         several = several or len(step) > stream.ranks
@@ -100,8 +110,12 @@ def largest_rows(stream: Stream) -> list[Row]:
         for row in rows
     ]
     longest = max(found, key=lambda row: (sum(row.lengths), row.supervised))
-    widest = max(found, key=lambda row: row.patches)
-    return [longest, widest] if widest.patches > longest.patches else [longest]
+    chosen = [longest]
+    for size in (attrgetter("chunks"), attrgetter("patches")):
+        largest = max(found, key=lambda row: (size(row), sum(row.lengths)))
+        if size(largest) > size(longest) and largest not in chosen:
+            chosen.append(largest)
+    return chosen
 
 
 @attrs.frozen

@@ -374,3 +374,24 @@ def test_a_micro_batch_without_supervised_tokens_adds_nothing(kind, dense_checkp
     loss.total.backward()
     assert loss.total.item() == 0.0
     assert all(p.grad is None or not p.grad.any() for p in ready.trained.values())
+
+
+class Alone(qf.backends.SdpaAttention):
+    """Takes a row for one document."""
+
+    name = "alone"
+    supports_packing = False
+
+
+def test_documents_that_a_backend_cannot_keep_apart_are_not_trained_together(dense_checkpoint):
+    """A packed micro-batch that is given by hand is refused wherever it is computed; its documents one by one are not."""
+    packed = recipe(dense_checkpoint).compile().prepare()
+    batch = next(row for step in packed.batches() for row in step if len(row.layout.lengths) > 1)
+    alone = recipe(dense_checkpoint, packed=False).with_attention(full=Alone()).compile().prepare()
+    for compute in (alone.logits, alone.loss, lambda row: alone.step([row])):
+        with pytest.raises(qf.SpecError, match=r"documents, but Alone\(\) has supports_packing = False"):
+            compute(batch)
+    assert alone.steps_done == 0
+    wanted = packed.loss(batch)
+    found = [alone.loss(one) for one in batch.split()]
+    assert sum(one.total.item() for one in found) == pytest.approx(wanted.total.item(), rel=1e-5)

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import islice
 
 import attrs
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 import qwenft as qf
 from qwenft.testing import TinySizes, measured_peak, tiny_checkpoint
+from qwenft.testing.skills import mixed_tasks
 from qwenft.training import shallow
 from qwenft.training.simulate import largest_rows
 
@@ -73,6 +75,19 @@ def test_a_step_holds_what_was_simulated(deep, name):
     assert row.accumulates == (len(step) > 1)
     assert plan.memory.peak_bytes == pytest.approx(measured_peak(prepared, step), rel=0.04)
     assert plan.memory.tokens == max(sizes)
+
+
+def test_many_short_documents_are_not_forgotten():
+    """Of packed rows the peak is that of the worst, which need not be the longest: each document is cut by itself."""
+    rows = list(islice(mixed_tasks(0), 60))
+    data = qf.DataSpec.messages(rows).with_max_length(256).pack()
+    plan = qf.Recipe(qf.ModelSpec(qf.testing.tiny_base(), dtype="float32"), data).compile()
+    prepared = plan.prepare()
+    steps = list(prepared.batches())
+    longest = max(steps, key=lambda step: step[0].layout.total)
+    measured = [measured_peak(prepared, step) for step in steps]
+    assert plan.memory.peak_bytes == pytest.approx(max(measured), rel=0.04)
+    assert max(measured) > 1.1 * measured[steps.index(longest)]
 
 
 VISION = {
