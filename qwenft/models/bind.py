@@ -8,7 +8,6 @@ behaves as stock: rows are documents, padding is masked, caches are honoured.
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,12 +19,7 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 from qwenft.kernels.layout import SequenceLayout
 from qwenft.kernels.made_again import made_again
 from qwenft.models.mtp import MultiTokenPrediction
-
-with warnings.catch_warnings():
-    # These import FLA where it is installed, which warns without a GPU; the plan says what is used instead.
-    warnings.filterwarnings("ignore", "Triton is not supported on current platform", UserWarning)
-    from transformers.models.qwen3_5 import modeling_qwen3_5 as dense
-    from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
+from qwenft.models.stock import dense, moe
 
 if TYPE_CHECKING:
     from qwenft.capabilities import AttentionBackend, LinearAttentionBackend

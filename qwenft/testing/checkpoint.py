@@ -281,10 +281,11 @@ def _no_progress_bar() -> Iterator[None]:
 
 def _model(config: Any, dtype: Dtype, seed: int, a_log: float | None) -> Any:
     import torch
-    from transformers import Qwen3_5ForConditionalGeneration, Qwen3_5MoeForConditionalGeneration
 
-    moe = config.model_type == "qwen3_5_moe"
-    build = Qwen3_5MoeForConditionalGeneration if moe else Qwen3_5ForConditionalGeneration
+    from qwenft.models.stock import dense, moe
+
+    is_moe = config.model_type == "qwen3_5_moe"
+    build = moe.Qwen3_5MoeForConditionalGeneration if is_moe else dense.Qwen3_5ForConditionalGeneration
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
         torch.manual_seed(seed)
         model = build(config).float()

@@ -170,7 +170,7 @@ def _train(texts: Iterable[str], size: int) -> tuple[dict[str, int], list[tuple[
     learner.normalizer = normalizers.NFC()
     learner.pre_tokenizer = _pre_tokenizer()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_verbose=0
+        vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     learner.train_from_iterator(texts, trainer)
     learned = json.loads(learner.to_str())["model"]

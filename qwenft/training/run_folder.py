@@ -201,6 +201,31 @@ class RunFolder:
         shutil.rmtree(place, ignore_errors=True)
         return self.checkpoint(step).rename(place)
 
+    def set_results_aside(self, step: int) -> list[str]:
+        """Give what the run came to before it goes on another name: at its end it comes to something else.
+
+        Args:
+            step: the last one that was trained.
+
+        Returns:
+            A sentence of each for the user.
+
+        Raises:
+            CheckpointError: it cannot be renamed.
+        """
+        said = []
+        for name in ("adapter", "model", "merged"):
+            if (place := self.path / name).exists():
+                aside = self.path / f"{name}-step-{step}"
+                while aside.exists():
+                    aside = aside.with_name(f"{aside.name}-again")
+                try:
+                    place.rename(aside)
+                except OSError as error:
+                    raise cannot_be_written(aside, error) from error
+                said.append(f"the run goes on from step {step:,}: its {name} of before is {aside.name}")
+        return said
+
     def drop_checkpoints(self, *, keep: int, best: int | None) -> None:
         """Remove all but the newest ``keep`` checkpoints and that of the step ``best``."""
         checkpoints = self.checkpoints

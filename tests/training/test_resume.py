@@ -12,6 +12,7 @@ import datasets
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import qwenft as qf
 from qwenft.training.engine import Prepared
@@ -191,6 +192,35 @@ def test_a_run_that_has_ended_is_returned_as_it_was(dense_checkpoint, tmp_path):
     assert again.history == whole.history
     assert all(torch.equal(weights(again)[name], weight) for name, weight in before.items())
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_finished_run_that_is_made_longer_has_its_last_result(dense_checkpoint, tmp_path, kind):
+    """What it came to before is kept under another name, which is told; until it ends again it is not finished."""
+    adapter = qf.AdapterSpec.lora(rank=4) if kind == "lora" else qf.AdapterSpec.full()
+    asked = recipe(dense_checkpoint, adapter=adapter, max_steps=2, schedule="constant", warmup_ratio=0.0)
+    before = asked.compile().train(tmp_path / "run", verbose=0)
+    name = "adapter" if kind == "lora" else "model"
+    first = load_files(tmp_path / "run" / name)
+    plan, accept = asked.with_training(max_steps=5, save_every=1).compile(), ["recipe.training.max_steps"]
+    stopped = plan.train(
+        tmp_path / "run", verbose=0, accept=accept, on_step=lambda r: r["step"] == 3 and interrupt(r)
+    )
+    assert qf.open_run(tmp_path / "run").ending == "interrupted"
+    assert stopped.adapter_path is None
+    run = plan.train(tmp_path / "run", verbose=0, accept=accept)
+    alone = plan.train(tmp_path / "alone", verbose=0)
+    kept, found = (load_files(tmp_path / "run" / place) for place in (f"{name}-step-2", name))
+    for wanted, tensors in ((first, kept), (load_files(alone.folder / name), found)):
+        assert wanted.keys() == tensors.keys()
+        assert all(torch.equal(wanted[key], tensors[key]) for key in wanted)
+    assert before.ending == run.ending == "finished"
+    assert f"the run goes on from step 2: its {name} of before is {name}-step-2" in run.notices
+
+
+def load_files(folder):
+    """The tensors of all files of a folder."""
+    return {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
 
 
 def test_a_run_that_stopped_early_is_over(dense_checkpoint, tmp_path):
