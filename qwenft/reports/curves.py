@@ -13,27 +13,31 @@ if TYPE_CHECKING:
 
 Points = list[tuple[float, float]]
 
-_KEPT = 0.95  # of a smoothed value, at each step
 
-
-def smoothed(values: Iterable[float]) -> list[float]:
-    """An exponential mean of the values so far, in which the first ones weigh no more than others."""
-    mean = Mean()
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The values by :class:`Mean`."""
+    mean = Mean(len(values))
     return [mean.after(value) for value in values]
 
 
-@attrs.define
 class Mean:
-    """The mean of :func:`smoothed`, value by value."""
+    """An exponential mean of the values so far, in which the first ones weigh no more than others.
 
-    _total: float = 0.0
-    _rest: float = 1.0
+    It looks back over about a twentieth of them, and over 20 at the most.
+
+    Args:
+        values: how many there are in all.
+    """
+
+    def __init__(self, values: int) -> None:
+        self.kept = 1 - 1 / min(20.0, max(1.0, values / 20))
+        self.total, self.rest = 0.0, 1.0
 
     def after(self, value: float) -> float:
         """The mean with another value."""
-        self._total = _KEPT * self._total + (1 - _KEPT) * value
-        self._rest *= _KEPT
-        return self._total / (1 - self._rest)
+        self.total = self.kept * self.total + (1 - self.kept) * value
+        self.rest *= self.kept
+        return self.total / (1 - self.rest)
 
 
 @attrs.define
@@ -72,11 +76,12 @@ class Curves:
     """The loss of a run, as it is, smoothed and held out, and its learning rate.
 
     Args:
+        steps: of the whole run.
         history: the records so far.
     """
 
-    def __init__(self, history: Iterable[dict[str, Any]] = ()) -> None:
-        self._mean = Mean()
+    def __init__(self, steps: int, history: Iterable[dict[str, Any]] = ()) -> None:
+        self._mean = Mean(steps)
         self._loss, self._smoothed, self._held_out, self._rate = (Thinned() for _ in range(4))
         for record in history:
             self.add(record)

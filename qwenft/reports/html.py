@@ -44,4 +44,4 @@ def render_run(run: Run) -> str:
     if run.best_step is not None:
         rows.append(("best step", f"{run.best_step:,}"))
     rows += [("notice", notice) for notice in run.notices[-_NOTICES:]]
-    return html_view("Run", html_chart(*Curves(run.history).loss), html_table((), rows))
+    return html_view("Run", html_chart(*Curves(len(steps), run.history).loss), html_table((), rows))

@@ -254,7 +254,7 @@ class Cell:
 
     def __init__(self, watched: Watched, clock: Callable[[], float], verbose: int) -> None:
         self.watched, self.clock, self.verbose = watched, clock, verbose
-        self.curves = Curves(watched.history)
+        self.curves = Curves(watched.data.steps, watched.history)
         self.handle: Any = None
         self.next = -1.0
 

@@ -6,6 +6,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from qwenft.errors import SpecError, nearest
 from qwenft.reports.curves import smoothed
@@ -67,10 +68,15 @@ def plot(value: Run | TrainingPlan, panels: Sequence[str], known: Panels) -> Any
             problem = f"plot({name!r}): expected one of {', '.join(known)}{nearest(str(name), known)}"
             raise SpecError(problem, fix=f'plot("{next(iter(known))}")', got=name, expected=tuple(known))
     figure = NotebookFigure(figsize=(7, 0.5 + 3 * len(panels)), layout="constrained")
-    for name, axes in zip(panels, figure.subplots(len(panels), squeeze=False)[:, 0], strict=True):
+    # Panels of a run are over the same steps.
+    for name, axes in zip(
+        panels, figure.subplots(len(panels), squeeze=False, sharex=known is RUN)[:, 0], strict=True
+    ):
         known[name](axes, value)
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
+        if known is RUN:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
@@ -102,7 +108,8 @@ def _draw_loss(axes: Any, run: Run) -> None:
     steps, losses = _of(run, "loss")
     axes.plot(steps, losses, lw=0.7, alpha=0.4, color="tab:blue", label="training")
     axes.plot(steps, smoothed(losses), lw=1.5, color="tab:blue", label="training, smoothed")
-    axes.plot(*_of(run, "held_out_loss"), "o-", color="tab:orange", label="held out")
+    if run.held_out_losses:
+        axes.plot(*_of(run, "held_out_loss"), "o-", color="tab:orange", label="held out")
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.legend(frameon=False)
 

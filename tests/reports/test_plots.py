@@ -73,9 +73,11 @@ def test_runs_are_compared_by_their_folders(run, tmp_path):
 
 
 def test_a_smoothed_curve_begins_where_the_other_does():
-    """It is the mean of the values so far, weighted towards the last."""
+    """It is the mean of the values so far, weighted towards the last; of few values each is its own."""
     assert smoothed([]) == []
     assert smoothed([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
-    found = smoothed([4.0, 2.0])
+    found = smoothed([4.0, 2.0, *[3.0] * 398])
     assert found[0] == 4.0
     assert math.isclose(found[1], (0.95 * 4 + 2) / 1.95)
+    assert smoothed([4.0, 2.0, 1.0]) == [4.0, 2.0, 1.0]
+    assert math.isclose(smoothed([4.0, 2.0, *[3.0] * 38])[1], (0.5 * 4 + 2) / 1.5)
