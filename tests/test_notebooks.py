@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parents[1]
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "notebooks.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-HEAVY = ("07", "10")  # those that take the longest
+HEAVY = ("02", "10")  # of those that take the longest
 
 
 @pytest.mark.parametrize(
