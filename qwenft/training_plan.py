@@ -8,7 +8,7 @@ import os
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
@@ -22,6 +22,7 @@ from qwenft.plan.findings import LEVELS, Finding, Findings, error
 from qwenft.plan.records import DataReport, StateBytes, state_bytes
 from qwenft.plan.rules.run import unsaved
 from qwenft.plan.storage import Storage, StorageRow, storage_rows
+from qwenft.specs.base import checked
 from qwenft.specs.codec import Codec
 from qwenft.specs.parallel import ParallelSpec
 
@@ -52,6 +53,16 @@ class TrainingPlan:
         draft: what it was resolved to.
         found: all that the rules found: errors first, then what blocks it here, then what is worth knowing.
     """
+
+    #: Arguments of other trainers, and of earlier versions, each refused with what stands for it.
+    RENAMED: ClassVar[dict[str, str]] = {
+        "progress": "verbose=0",
+        "output_dir": 'run_dir="runs/first"',
+        "resume_from_checkpoint": 'resume="must"',
+        "report_to": 'trackers=["wandb"]',
+        "callbacks": "on_step=function",
+        "nproc_per_node": "processes=8",
+    }
 
     recipe: Recipe
     draft: Draft
@@ -648,3 +659,7 @@ class TrainingPlan:
         return ranks.first_then_others(
             lambda: read_corpus(data, self.recipe.training, self.encoder, rank=ranks.rank, ranks=self.draft.ranks)
         )
+
+
+for _method in ("train", "launch"):
+    setattr(TrainingPlan, _method, checked(getattr(TrainingPlan, _method), f"plan.{_method}", TrainingPlan))

@@ -24,10 +24,10 @@ def spec(cls: S) -> S:
     """Make a frozen attrs class refuse misspelt arguments by name, and show what is not its default."""
     for name, attribute in list(vars(cls).items()):
         if isinstance(attribute, classmethod):
-            setattr(cls, name, classmethod(_checked(attribute.__func__, f"{cls.__name__}.{name}", cls)))
+            setattr(cls, name, classmethod(checked(attribute.__func__, f"{cls.__name__}.{name}", cls)))
         elif inspect.isfunction(attribute) and not name.startswith("_"):
-            setattr(cls, name, _checked(attribute, f"{cls.__name__}.{name}"))
-    cls.__init__ = _checked(cls.__init__, cls.__name__, cls)  # type: ignore[misc]
+            setattr(cls, name, checked(attribute, f"{cls.__name__}.{name}"))
+    cls.__init__ = checked(cls.__init__, cls.__name__, cls)  # type: ignore[misc]
     cls.__repr__ = _constructor  # type: ignore[assignment]
     cls._repr_html_ = _html  # type: ignore[attr-defined]
     return cls
@@ -88,8 +88,14 @@ def refuse_renamed(cls: type, names: Iterable[str], label: str | None = None) ->
             )
 
 
-def _checked(function: Callable[..., Any], label: str, cls: type | None = None) -> Callable[..., Any]:
-    """``function``, raising SpecError where its arguments do not fit its signature."""
+def checked(function: Callable[..., Any], label: str, cls: type | None = None) -> Callable[..., Any]:
+    """``function``, raising SpecError where its arguments do not fit its signature.
+
+    Args:
+        function: or a method.
+        label: what messages call it.
+        cls: whose ``RENAMED`` names arguments of other libraries and times.
+    """
     signature = inspect.signature(function)
 
     @functools.wraps(function)
