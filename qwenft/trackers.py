@@ -267,7 +267,7 @@ class Trackers:
 
     Args:
         trackers: that are told.
-        run_of: what each is told at its start, by its class's name.
+        run_of: what each is told at its start, by the name of its class and, of several of one, its number.
         keep: called with what the trackers returned at their start.
         on_notice: told of one that fails.
     """
@@ -298,8 +298,9 @@ class Trackers:
 
     def __enter__(self) -> Self:
         ids = {}
-        for each in self.told:
-            name = type(each).__name__
+        for number, each in enumerate(self.told):
+            name, before = type(each).__name__, sum(type(other) is type(each) for other in self.told[:number])
+            name += f"-{before + 1}" if before else ""
             if (known := each.start(self.run_of(name))) is not None:
                 ids[name] = known
         self.keep(ids)

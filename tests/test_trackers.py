@@ -132,13 +132,13 @@ def test_trackio_is_told(plan, tmp_path, monkeypatch):
 class Recorder(qf.Tracker):
     """As a user writes one."""
 
-    def __init__(self, dies_at=None):
-        self.started, self.told, self.answers, self.ended, self.dies_at = [], [], [], [], dies_at
+    def __init__(self, dies_at=None, id="my-id"):  # noqa: A002 - as what it is given back
+        self.started, self.told, self.answers, self.ended, self.dies_at, self.id = [], [], [], [], dies_at, id
 
     def start(self, run: TrackedRun):
         """Remember it."""
         self.started.append(run)
-        return "my-id"
+        return self.id
 
     def log(self, values, step):
         """Fail where that is asked for."""
@@ -158,10 +158,11 @@ class Recorder(qf.Tracker):
 
 def test_a_tracker_of_ones_own(plan, tmp_path):
     """It is told the recipe, numbers, answers and the end, and by its own id when the run is continued."""
-    recorder = Recorder()
-    run = trained(plan, tmp_path / "run", trackers=[recorder])
+    recorder, other = Recorder(), Recorder(id="other-id")
+    run = trained(plan, tmp_path / "run", trackers=[recorder, other])
     first, second = recorder.started
     assert (first.id, first.steps_done, second.id, second.steps_done) == (None, 0, "my-id", 2)
+    assert [started.id for started in other.started] == [None, "other-id"]
     assert first.folder == run.folder
     assert first.config["recipe"]["training"]["max_steps"] == 5
     json.dumps(first.config)

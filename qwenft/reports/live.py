@@ -95,9 +95,6 @@ class Live:
         verbose: 0 for notices alone, 1 for a line, 2 for a view in a notebook, and elsewhere for evaluations above
             the line.
         clock: seconds.
-
-    Raises:
-        SpecError: no such level.
     """
 
     def __init__(self, watched: Watched, verbose: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -247,9 +244,6 @@ class Cell:
         watched: the run.
         clock: seconds.
         verbose: 1 shows a line, 2 curves, memory and answers.
-
-    Raises:
-        Exception: whatever the frontend raises.
     """
 
     def __init__(self, watched: Watched, clock: Callable[[], float], verbose: int) -> None:
