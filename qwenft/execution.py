@@ -222,7 +222,10 @@ def _begin(
         if plan.is_saved_whole:
             ranks.by_first(lambda: plan.recipe.save(path / "recipe.json"))
         prepared = plan.prepare()
+        changed = bool(notices)
         notices += load_newest(prepared, folder, accept)
+        if changed and prepared.steps_done < plan.data.steps:
+            notices += ranks.by_first(folder.set_results_aside)
         if notices and continues:
             ranks.by_first(lambda: folder.write("plan.json", plan.summary()))
     return prepared, ranks.by_first(lambda: folder.rewind(prepared.steps_done)), notices

@@ -32,6 +32,7 @@ PUBLIC = [
     "Recipe",
     "Run",
     "SpecError",
+    "Tracker",
     "TrainingPlan",
     "TrainingSpec",
     "__version__",

@@ -80,9 +80,6 @@ def train(
     if not history and (before := course.evaluation(0)):
         course.record({"step": 0, **before})
     course.list_skipped(prepared.corpus.report.skipped)
-    if prepared.steps_done < course.steps and not course.is_exhausted():
-        for sentence in ranks.by_first(lambda: folder.set_results_aside(prepared.steps_done)):
-            course.notice(sentence)
     with Interruption(listeners.on_notice) as interruption, Pulse(ranks, listeners.on_notice) as pulse:
         for epoch, batches in prepared.remaining():
             if course.is_exhausted():

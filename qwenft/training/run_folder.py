@@ -201,11 +201,8 @@ class RunFolder:
         shutil.rmtree(place, ignore_errors=True)
         return self.checkpoint(step).rename(place)
 
-    def set_results_aside(self, step: int) -> list[str]:
-        """Give what the run came to before it goes on another name: at its end it comes to something else.
-
-        Args:
-            step: the last one that was trained.
+    def set_results_aside(self) -> list[str]:
+        """Give what the run came to another name, before it goes on with other numbers to another end.
 
         Returns:
             A sentence of each for the user.
@@ -213,7 +210,10 @@ class RunFolder:
         Raises:
             CheckpointError: it cannot be renamed.
         """
-        said = []
+        said: list[str] = []
+        if not (history := self.history):
+            return said
+        step = history[-1]["step"]
         for name in ("adapter", "model", "merged"):
             if (place := self.path / name).exists():
                 aside = self.path / f"{name}-step-{step}"
@@ -223,7 +223,7 @@ class RunFolder:
                     place.rename(aside)
                 except OSError as error:
                     raise cannot_be_written(aside, error) from error
-                said.append(f"the run goes on from step {step:,}: its {name} of before is {aside.name}")
+                said.append(f"the run goes on: its {name} of step {step:,} is {aside.name} now")
         return said
 
     def drop_checkpoints(self, *, keep: int, best: int | None) -> None:

@@ -215,7 +215,7 @@ def test_a_finished_run_that_is_made_longer_has_its_last_result(dense_checkpoint
         assert wanted.keys() == tensors.keys()
         assert all(torch.equal(wanted[key], tensors[key]) for key in wanted)
     assert before.ending == run.ending == "finished"
-    assert f"the run goes on from step 2: its {name} of before is {name}-step-2" in run.notices
+    assert f"the run goes on: its {name} of step 2 is {name}-step-2 now" in run.notices
 
 
 def load_files(folder):
