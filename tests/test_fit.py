@@ -52,6 +52,7 @@ def test_a_plan_that_fits_has_no_such_finding(dense_checkpoint, needed):
     assert not recipe(dense_checkpoint).compile(computer(needed[1] - 1)).fits
 
 
+@pytest.mark.long
 def test_fit_changes_what_is_exact_before_what_is_not(dense_checkpoint, needed):
     """Where checkpointing is enough it is taken, the fastest kind of it, and the notes say so with its bytes."""
     asked = recipe(dense_checkpoint, activation_checkpointing=False)

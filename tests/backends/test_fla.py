@@ -142,6 +142,7 @@ def assert_complete(found, cases, inputs):
 
 
 @needs_fla
+@pytest.mark.long
 def test_the_scan_holds_what_is_declared():
     """What its functions allocate, forward and backward, is what a simulation takes them to hold: within 1 %."""
     cases = [
@@ -161,6 +162,7 @@ def test_the_scan_equals_the_reference_and_keeps_documents_apart():
 
 
 @needs_fla
+@pytest.mark.long
 def test_the_convolution_equals_the_reference_and_keeps_documents_apart():
     """So has the convolution."""
     assert_complete(interpret(CONV, CONVS), CONVS, CONV_INPUTS)

@@ -59,7 +59,7 @@ def check(tmp_path, dtype="float32", before="", after=""):
     return done.stdout
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 def test_the_stock_rule_conforms_one_document_at_a_time(tmp_path, dtype):
     """Without FLA the stock functions equal the reference, states and gradients too; nothing is packed."""
     printed = check(tmp_path, dtype)

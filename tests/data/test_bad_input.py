@@ -309,6 +309,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
         list(rows)
 
 
+@pytest.mark.long
 def test_a_very_long_message_is_read(encoder):
     """Ten megabytes in one message are a document like any other."""
     long = "word " * 2_000_000

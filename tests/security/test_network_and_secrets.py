@@ -66,7 +66,9 @@ SECRETS = {
 IN_FILE = "hf_SecretInAFileOfTheTestsOfQwenft00000"
 
 
-@pytest.mark.parametrize("offline", [True, False], ids=["offline", "online"])
+@pytest.mark.parametrize(
+    "offline", [pytest.param(True, id="offline", marks=pytest.mark.long), pytest.param(False, id="online")]
+)
 def test_a_run_opens_no_connection_and_keeps_no_secret(dense_checkpoint, tmp_path, offline):
     """No socket is asked for, and offline for a named id neither; no token is in a file, a log or an error."""
     home, out = tmp_path / "home", tmp_path / "out"

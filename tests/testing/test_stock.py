@@ -55,6 +55,7 @@ def test_a_gradient_is_the_slope_of_the_loss(tmp_path):
     assert (after.loss - before.loss) / step == pytest.approx(gradient.norm().item(), rel=0.02)
 
 
+@pytest.mark.long
 def test_without_labels_there_is_no_loss(checkpoint):
     """Logits alone come without loss and gradients, and do not depend on what else was asked."""
     result = stock_logits(checkpoint, DOCUMENTS[:1])

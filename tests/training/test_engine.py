@@ -310,6 +310,7 @@ def test_metrics_hold_a_line_a_step_and_the_held_out_losses(dense_checkpoint, tm
     assert qf.Recipe.load(tmp_path / "run" / "recipe.json") == plan.recipe
 
 
+@pytest.mark.long
 def test_full_fine_tuning_overfits_and_answers(dense_checkpoint, tmp_path):
     """A tiny model learns 20 chats to a loss below 0.1 and then writes their answers."""
     plan = recipe(dense_checkpoint, epochs=60, learning_rate=4e-3, activation_checkpointing=False).compile()

@@ -55,6 +55,7 @@ def alone(dense_checkpoint, tmp_path_factory):
     return single.compile().train(folder, verbose=0)
 
 
+@pytest.mark.long
 def test_a_notebook_starts_all_processes(dense_checkpoint, alone, tmp_path):
     """What two processes leave is what one leaves, in half the memory each; the run is used as any other."""
     handler = signal.getsignal(signal.SIGINT)
@@ -95,6 +96,7 @@ def test_the_best_weights_are_left(dense_checkpoint, tmp_path):
         torch.testing.assert_close(found[name], tensor, atol=1e-3 * tensor.abs().max().item(), rtol=0)
 
 
+@pytest.mark.long
 def test_a_failure_is_shown_with_its_traceback(dense_checkpoint, tmp_path):
     """The error is of the process that failed, and not of one that waited for it."""
     plan = shared(dense_checkpoint).with_training(loss=failing).compile()
@@ -105,6 +107,7 @@ def test_a_failure_is_shown_with_its_traceback(dense_checkpoint, tmp_path):
     assert "goes on from the last checkpoint" in caught.value.fix
 
 
+@pytest.mark.long
 def test_killed_processes_are_started_again(dense_checkpoint, alone, tmp_path, monkeypatch):
     """With restarts allowed, the run goes on from its last checkpoint to the same end, killed twice on its way."""
     kills = sorted(random.Random(0).sample(range(3, 13), 2))
@@ -121,9 +124,10 @@ def test_killed_processes_are_started_again(dense_checkpoint, alone, tmp_path, m
     ("how", "told"),
     [
         ("asleep", r"rank 1 is in step 1, at stalling \(training/faults\.py\)"),
-        pytest.param("stopped", r"rank 1 has given no sign of life for \d+ s", marks=pytest.mark.long),
+        ("stopped", r"rank 1 has given no sign of life for \d+ s"),
     ],
 )
+@pytest.mark.long
 def test_a_process_that_the_others_wait_for_is_named(dense_checkpoint, tmp_path, monkeypatch, how, told):
     """While it holds them up, the user is told which one it is; when it goes on, so does the run."""
     monkeypatch.setenv("STALLS", how)
@@ -134,6 +138,7 @@ def test_a_process_that_the_others_wait_for_is_named(dense_checkpoint, tmp_path,
     assert re.fullmatch(rf"step 1 has taken \d+ s so far: {told}.*", notice)
 
 
+@pytest.mark.long
 def test_a_step_that_is_not_finite_in_one_process_is_left_out_by_all(dense_checkpoint, tmp_path):
     """Documents and layer come from the process that has them, and the run goes on to its end."""
     options = {"loss": poisoned, "non_finite": "skip", "evaluate_every": None, "max_steps": 8}
@@ -218,7 +223,8 @@ class Torchrun:
             return self.process.wait(timeout=limit)
 
 
-@pytest.mark.parametrize("begun", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.parametrize("begun", [2, 4])
+@pytest.mark.long
 def test_a_run_goes_on_with_fewer_processes(dense_checkpoint, alone, tmp_path, begun):
     """Stopped by a signal at four processes, and then at two, it ends in one with the losses of the whole run."""
     recipe = shared(dense_checkpoint, evaluate_every=4)

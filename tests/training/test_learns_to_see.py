@@ -81,9 +81,10 @@ def pictures(folder, kinds, count, seed):
     ("colours", "shapes", "steps", "wanted"),
     [
         pytest.param(4, 3, 120, 0.9, id="small"),
-        pytest.param(8, 4, 200, 0.95, id="large", marks=pytest.mark.long),
+        pytest.param(8, 4, 200, 0.95, id="large"),
     ],
 )
+@pytest.mark.long
 def test_colours_and_shapes_are_named(colours, shapes, steps, wanted, tmp_path):
     """Greedy answers on pictures that were not trained on are right, word for word."""
     kinds = [(colour, shape) for colour in list(COLOURS)[:colours] for shape in SHAPES[:shapes]]

@@ -208,6 +208,7 @@ def test_in_another_thread_signals_are_left_alone():
     assert found == [(None, signal.default_int_handler)]
 
 
+@pytest.mark.long
 def test_sigterm_ends_the_command_cleanly(dense_checkpoint, tmp_path):
     """The command line saves at SIGTERM, says how the run goes on, and ends with the code of that signal."""
     recipe(dense_checkpoint, max_steps=2000).save(tmp_path / "recipe.json")

@@ -34,9 +34,9 @@ def deep(tmp_path_factory):
 #: Of each case the checkpoint, what is trained, and numbers of the loop.
 QUICK = {
     "dense lora kept": ("dense", LORA, {"activation_checkpointing": False}),
-    "moe full": ("moe", qf.AdapterSpec.full(), {}),
 }
 LONG = {
+    "moe full": ("moe", qf.AdapterSpec.full(), {}),
     "dense lora": ("dense", LORA, {}),
     "dense lora every second": ("dense", LORA, {"activation_checkpointing": 2}),
     "dense full": ("dense", qf.AdapterSpec.full(), {}),
@@ -120,7 +120,8 @@ def test_a_step_with_images_holds_what_was_simulated(tmp_path, name):
     assert plan.memory.peak_bytes == pytest.approx(measured_peak(prepared, step), rel=0.04)
 
 
-@pytest.mark.parametrize("checkpointed", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.parametrize("checkpointed", [True, False])
+@pytest.mark.long
 def test_layers_that_are_alike_are_simulated_once(deep, monkeypatch, checkpointed):
     """A model of which the middle is repeated takes, to the byte, what one of all layers takes."""
     plan = recipe(deep["dense"], adapter=LORA, activation_checkpointing=checkpointed).compile()
@@ -171,6 +172,7 @@ def test_the_plan_tells_the_peak_when_it_is_known(dense_checkpoint):
     ],
     ids=["full-tied", "nf4", "int8-experts", "vision"],
 )
+@pytest.mark.long
 def test_what_trains_here_is_calibrated(tmp_path, kind, adapter, quantized):
     """A few layers of every kind of model and of weights make a step, after which nothing has changed."""
     asked = recipe(tiny_checkpoint(tmp_path / kind, kind), adapter=adapter)
@@ -267,6 +269,7 @@ assert memory.by_component["weights"] > 180 * 2**30, memory
         pytest.param(qf.ParallelSpec.ddp(), marks=pytest.mark.long),
     ],
 )
+@pytest.mark.long
 def test_a_plan_for_cards_that_are_not_here_is_simulated(parallel):
     """Of the processes each has its part of the weights, on the device or on the host, or all of them."""
     model = qf.ModelSpec("qwen3.5-0.8b").text_only()
