@@ -265,8 +265,8 @@ assert memory.by_component["weights"] > 180 * 2**30, memory
     "parallel",
     [
         qf.ParallelSpec.fsdp2(),
-        pytest.param(qf.ParallelSpec.fsdp2(offload="cpu"), marks=pytest.mark.long),
-        pytest.param(qf.ParallelSpec.ddp(), marks=pytest.mark.long),
+        qf.ParallelSpec.fsdp2(offload="cpu"),
+        qf.ParallelSpec.ddp(),
     ],
 )
 @pytest.mark.long
