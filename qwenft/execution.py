@@ -175,7 +175,8 @@ def launch(
 
             def on_record(record: dict[str, Any]) -> None:
                 if "evaluation_seconds" in record:
-                    shown.evaluation(record)
+                    answers = [line for line in folder.lines("samples.jsonl") if line["step"] == record["step"]]
+                    shown.evaluation({**record, "samples": answers})
                 if "loss" in record:
                     shown.step(record)
 

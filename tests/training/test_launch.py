@@ -56,7 +56,7 @@ def alone(dense_checkpoint, tmp_path_factory):
 
 
 @pytest.mark.long
-def test_a_notebook_starts_all_processes(dense_checkpoint, alone, tmp_path):
+def test_a_notebook_starts_all_processes(dense_checkpoint, alone, tmp_path, capsys):
     """What two processes leave is what one leaves, in half the memory each; the run is used as any other."""
     handler = signal.getsignal(signal.SIGINT)
     run = evaluated(dense_checkpoint).compile().launch(tmp_path / "run", processes=2)
@@ -73,6 +73,10 @@ def test_a_notebook_starts_all_processes(dense_checkpoint, alone, tmp_path):
     assert run.history[-1]["state_bytes"] <= 0.55 * alone.history[-1]["state_bytes"]
     assert run.samples == alone.samples
     assert len(run.samples) == 3
+    shown = capsys.readouterr().err
+    assert shown.count("held-out loss") == 3
+    assert all(f"  -> {sample['answer']}" in shown for sample in run.samples)
+    assert "is gone" not in shown
     assert "prepared" not in vars(run)
     assert run.evaluate()["loss"] == pytest.approx(alone.evaluate()["loss"], abs=1e-5)
     assert run.generate("What follows one and two?") == alone.generate("What follows one and two?")
