@@ -73,6 +73,7 @@ def test_fit_gives_up_memory_that_is_there_for_time(dense_checkpoint, needed):
     assert again.notes[-1].startswith("fits a computer as it is")
 
 
+@pytest.mark.long
 def test_what_cannot_fit_is_refused_by_how_much(dense_checkpoint):
     """No lever helps a machine that has not the memory of Python itself."""
     asked = recipe(dense_checkpoint)

@@ -41,7 +41,7 @@ recipe = qf.Recipe(
     qf.ModelSpec(qf.testing.tiny_base(), dtype="float32"),
     qf.DataSpec.messages(examination(ticket, 40)).hold_out(0.2),
     qf.AdapterSpec.lora(rank=4),
-    training=qf.TrainingSpec(max_steps=30, evaluate_every=15, sample_prompts=("<b>Who?</b>",), sample_tokens=4),
+    training=qf.TrainingSpec(max_steps=12, evaluate_every=6, sample_prompts=("<b>Who?</b>",), sample_tokens=4),
 )
 run = recipe.compile().train("run")
 """
@@ -59,7 +59,7 @@ def test_a_cell_that_trains_has_one_output(tmp_path):
     for outputs in (view, line):
         (output,) = outputs
         html, text = output["data"]["text/html"], output["data"]["text/plain"]
-        assert text.startswith("30/30 steps, ending finished, loss ")
+        assert text.startswith("12/12 steps, ending finished, loss ")
         assert ("<polyline" in html) == (outputs is view)
         assert ("&lt;b&gt;Who?" in html) == (outputs is view)
         assert len(html) < 60_000

@@ -156,6 +156,7 @@ def test_the_scan_holds_what_is_declared():
 
 
 @needs_fla
+@pytest.mark.long
 def test_the_scan_equals_the_reference_and_keeps_documents_apart():
     """Interpreted, it has the reference's output, states and gradients, and no document changes another one's."""
     assert_complete(interpret(SCAN, SCANS), SCANS, SCAN_INPUTS)

@@ -68,6 +68,7 @@ def test_the_stock_rule_conforms_one_document_at_a_time(tmp_path, dtype):
     assert "other documents unchanged" not in printed
 
 
+@pytest.mark.long
 def test_the_stock_rule_uses_causal_conv1d_where_it_is_installed(tmp_path):
     """With a package of that name and interface the convolution goes through it, and conforms all the same."""
     (tmp_path / "causal_conv1d").mkdir()

@@ -199,6 +199,7 @@ def test_two_processes_build_at_once(chats, cache, data, encoder):
     assert tokenised(data, encoder).cache.startswith("read")
 
 
+@pytest.mark.long
 def test_a_build_that_is_killed_leaves_nothing_that_is_taken(chats, cache, data, encoder):
     """Whenever the process dies, the next reading gives all documents; what it left is cleared away in time."""
     plain = list(encoder.encode(data))

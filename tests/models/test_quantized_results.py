@@ -216,6 +216,7 @@ def test_weights_in_bfloat16_and_a_quantized_tower_answer(checkpoints):
     assert features.last_hidden_state.isfinite().all()
 
 
+@pytest.mark.long
 def test_a_run_from_a_quantized_copy_is_the_same(checkpoints, tmp_path):
     """Without the original: losses equal to the bit; exported with dequantized weights, or not at all."""
     plan = plan_of("nf4-experts", checkpoints)

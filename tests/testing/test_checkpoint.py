@@ -297,6 +297,7 @@ def test_only_the_vision_kinds_have_the_processors_files(checkpoints, kind):
     assert any(name.startswith("model.visual.") for name in weights_of(checkpoints[kind]))
 
 
+@pytest.mark.long
 def test_a_process_without_fla_writes_the_same_bytes(checkpoints, tmp_path):
     """Whether flash-linear-attention can be imported makes no difference to the checkpoint."""
     code = (

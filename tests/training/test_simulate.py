@@ -143,6 +143,7 @@ def test_a_simulation_changes_nothing_and_repeats(dense_checkpoint):
     assert sum(first.by_component.values()) == first.peak_bytes
 
 
+@pytest.mark.long
 def test_the_plan_tells_the_peak_when_it_is_known(dense_checkpoint):
     """What was not simulated is not claimed; then the largest row of the data is."""
     plan = recipe(dense_checkpoint, adapter=LORA).compile()
