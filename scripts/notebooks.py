@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import nbformat
 from nbclient import NotebookClient
@@ -20,8 +22,16 @@ _NUMBER = re.compile(r"[+-]?\d[\d,.:]*(e[+-]?\d+)?")
 def executed(path: Path, folder: Path) -> Any:
     """A notebook with the outputs of all its cells, from the first to the last, executed in a folder."""
     notebook = nbformat.read(path, as_version=4)
-    place = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=300, record_timing=False, coalesce_streams=True, resources=place).execute()
+    client = NotebookClient(
+        notebook,
+        timeout=300,
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(folder)}},
+    )
+    # Plans say where tokens are kept: beside the notebook.
+    with patch.dict(os.environ, QWENFT_CACHE="cache"):
+        client.execute()
     notebook.metadata.language_info = {"name": "python"}
     # Wherever the package is installed, it is said to lie beside the notebook.
     text = nbformat.writes(notebook).replace(str(Path(qwenft.__file__).parent), "qwenft")
