@@ -62,7 +62,7 @@ seconds = sum(record["seconds"] for record in run.history if "loss" in record)
 def first_view(name: str, folder: Path) -> float:
     """Seconds from nothing to the HTML of a plan."""
     command = [sys.executable, "-c", PLAN.format(name=name)]
-    return float(subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout)  # noqa: S603
+    return float(subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout)  # noqa: S603 - our own
 
 
 def share_of_live_view(folder: Path) -> float:

@@ -73,6 +73,10 @@ def test_pieces_of_an_answer_come_as_it_is_written(run):
     answer = run.generate(QUESTIONS[0], base=True, max_new_tokens=30, on_text=pieces.append)
     assert len(pieces) > 2
     assert "".join(pieces).strip() == answer
+    model = run.prepared.model.train()
+    with pytest.raises(KeyboardInterrupt):
+        run.generate(QUESTIONS[0], max_new_tokens=30, on_text=lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert model.training
     with pytest.raises(qf.SpecError, match=r"on_text.*2 answers are written together"):
         run.generate(QUESTIONS[:2], on_text=pieces.append)
 

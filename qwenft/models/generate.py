@@ -50,26 +50,28 @@ def answers(
     places = ImageSpec(root=Path.cwd().anchor)
     asked = [encoder.prompt(_messages(conversation), places) for conversation in conversations]
     by_length = sorted(range(len(asked)), key=lambda one: len(asked[one]))
+    texts = [""] * len(asked)
     was_training = model.training
     model.eval()
-    texts = [""] * len(asked)
-    for start in range(0, len(asked), batch_size):
-        chosen = by_length[start : start + batch_size]
-        inputs = _padded([asked[one] for one in chosen], encoder, padding)
-        output = model.generate(
-            # The embeddings may be on the host.
-            **{name: tensor.to(output_head(model).weight.device) for name, tensor in inputs.items()},
-            max_new_tokens=max_new_tokens,
-            eos_token_id=end,
-            pad_token_id=padding,
-            streamer=None if on_text is None else _Pieces(encoder.tokenizer, on_text),
-            **{"do_sample": False, **options},
-        )
-        written = output[:, inputs["input_ids"].shape[1] :]
-        found = encoder.tokenizer.batch_decode(written, skip_special_tokens=True)
-        for one, text in zip(chosen, found, strict=True):
-            texts[one] = text.strip()
-    model.train(was_training)
+    try:
+        for start in range(0, len(asked), batch_size):
+            chosen = by_length[start : start + batch_size]
+            inputs = _padded([asked[one] for one in chosen], encoder, padding)
+            output = model.generate(
+                # The embeddings may be on the host.
+                **{name: tensor.to(output_head(model).weight.device) for name, tensor in inputs.items()},
+                max_new_tokens=max_new_tokens,
+                eos_token_id=end,
+                pad_token_id=padding,
+                streamer=None if on_text is None else _Pieces(encoder.tokenizer, on_text),
+                **{"do_sample": False, **options},
+            )
+            written = output[:, inputs["input_ids"].shape[1] :]
+            found = encoder.tokenizer.batch_decode(written, skip_special_tokens=True)
+            for one, text in zip(chosen, found, strict=True):
+                texts[one] = text.strip()
+    finally:  # who stops an answer may go on with training
+        model.train(was_training)
     return texts
 
 
