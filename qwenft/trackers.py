@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -315,7 +316,9 @@ class Trackers:
                 getattr(each, method)(*values)
             except Exception as error:  # noqa: BLE001 - whatever a tracker meets, the run is worth more
                 self.told.remove(each)
-                self.on_notice(f"{type(each).__name__} is told nothing any more: {error!r}")
+                # Notices are kept in a file, and an address may have a password in it.
+                said = re.sub(r"//[^/@\s]*@", "//", repr(error))
+                self.on_notice(f"{type(each).__name__} is told nothing any more: {said}")
 
 
 _APART = ("step", "epoch", "ranks")

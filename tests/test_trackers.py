@@ -143,7 +143,7 @@ class Recorder(qf.Tracker):
     def log(self, values, step):
         """Fail where that is asked for."""
         if step == self.dies_at:
-            msg = "no network"
+            msg = "no network to https://me:secret@tracker.example"
             raise ConnectionError(msg)
         self.told.append((step, values))
 
@@ -179,7 +179,9 @@ def test_a_tracker_that_fails_ends_no_run(plan, tmp_path):
     broken, whole = Recorder(dies_at=3), Recorder()
     run = plan.train(tmp_path / "run", verbose=0, trackers=[broken, whole])
     assert run.ending == "finished"
-    assert run.notices == ["Recorder is told nothing any more: ConnectionError('no network')"]
+    assert run.notices == [
+        "Recorder is told nothing any more: ConnectionError('no network to https://tracker.example')"
+    ]
     assert broken.ended == []
     assert whole.ended == ["finished"]
     assert [step for step, values in whole.told if "train/loss" in values] == [1, 2, 3, 4, 5]
